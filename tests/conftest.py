@@ -1,0 +1,31 @@
+"""Set-up of every test: beartype first (nnsight mounts `.save` on `object`, which breaks a later import of it)."""
+
+import beartype  # noqa: F401, I001
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def shared_folder() -> Path:
+    """The real images and models: `$USAE_PROBE_SHARED`, or `../shared` beside the project."""
+    given = os.environ.get("USAE_PROBE_SHARED")
+    return Path(given) if given else Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real images and models in {folder} (set USAE_PROBE_SHARED)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

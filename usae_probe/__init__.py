@@ -1,0 +1,73 @@
+"""usae-probe: what do trained vision models represent in common?
+
+Hooks stream the activations of any layers of live models into HDF5 buffers; a Universal Sparse Autoencoder trains from
+them; probes measure what the models share. Names are loaded when first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import attach
+    from .buffer import ActivationBuffer
+    from .config import RunConfig
+    from .errors import UsaeProbeError
+    from .harvesting import harvest
+    from .hooks import HookedModel
+    from .images import Preprocessing
+    from .pipeline import Run
+    from .probes import UniversalityReport, evaluate
+    from .sites import Site
+    from .usae import USAE, Codes, TrainResult, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ActivationBuffer": "buffer",
+    "Codes": "usae",
+    "HookedModel": "hooks",
+    "Preprocessing": "images",
+    "Run": "pipeline",
+    "RunConfig": "config",
+    "Site": "sites",
+    "TrainResult": "usae",
+    "USAE": "usae",
+    "UniversalityReport": "probes",
+    "UsaeProbeError": "errors",
+    "attach": "adapter",
+    "evaluate": "probes",
+    "harvest": "harvesting",
+    "train": "usae",
+}
+
+__all__ = [
+    "USAE",
+    "ActivationBuffer",
+    "Codes",
+    "HookedModel",
+    "Preprocessing",
+    "Run",
+    "RunConfig",
+    "Site",
+    "TrainResult",
+    "UniversalityReport",
+    "UsaeProbeError",
+    "attach",
+    "evaluate",
+    "harvest",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'usae_probe' has no attribute '{name}'")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

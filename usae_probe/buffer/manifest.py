@@ -1,0 +1,211 @@
+"""The manifest: what a buffer's folder holds, and the one place that decides which shards count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import BufferIntegrityError, BufferMismatchError
+from ..split import SplitName
+from .moments import Moments
+from .spec import BufferSpec
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image without rows, and why.
+
+    Attributes:
+        index: of the image in the source.
+        name: of the image, as the source spells it.
+        reason: what went wrong with it.
+    """
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A sealed shard.
+
+    Attributes:
+        file: name in the buffer's folder.
+        split: the split it belongs to.
+        start: position of its first image in that split's list.
+        n_images: images with rows.
+        rows: rows of every dataset.
+        size: bytes of the file.
+        crc: CRC32 of each dataset's bytes, by column (a site's key, `image_index` or `token_index`).
+        skipped: images of this shard without rows.
+    """
+
+    file: str
+    split: SplitName
+    start: int
+    n_images: int
+    rows: int
+    size: int
+    crc: dict[str, int]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def n_planned(self) -> int:
+        """Images that the shard covers, with or without rows."""
+        return self.n_images + len(self.skipped)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of `manifest.json`.
+
+    Attributes:
+        identity: `BufferSpec.identity()`.
+        display: `BufferSpec.display()`.
+        moments: by site, over the training rows of all sealed shards.
+        shards: the sealed shards, in order.
+        complete: no shard is missing.
+    """
+
+    identity: dict[str, Any]
+    display: dict[str, Any]
+    moments: Mapping[str, Moments]
+    shards: tuple[ShardEntry, ...] = ()
+    complete: bool = False
+
+    @classmethod
+    def of(cls, spec: BufferSpec) -> Manifest:
+        """The manifest of a buffer without any shard yet."""
+        return cls(spec.identity(), spec.display(), {site.site: Moments(site.d_in) for site in spec.sites})
+
+    def with_shard(self, entry: ShardEntry, moments: Mapping[str, Moments]) -> Manifest:
+        """This manifest after one more shard was sealed."""
+        return replace(self, shards=(*self.shards, entry), moments=moments)
+
+    def with_display(self, spec: BufferSpec) -> Manifest:
+        """This manifest with what is shown of `spec`, such as the place that the images have moved to."""
+        return replace(self, display=spec.display())
+
+    def completed(self) -> Manifest:
+        """This manifest after the last shard."""
+        return replace(self, complete=True)
+
+    def save(self, folder: Path) -> None:
+        """Replace the folder's manifest atomically: a reader sees the old one or the new one, never a part."""
+        document = {"schema": SCHEMA, "identity": self.identity, "display": self.display, "complete": self.complete}
+        document["shards"] = [asdict(entry) for entry in self.shards]
+        document["moments"] = {site: moments.to_dict() for site, moments in self.moments.items()}
+        document["sha256"] = _digest(document)
+        temporary = folder / (MANIFEST + TEMPORARY)
+        try:
+            temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
+            publish(temporary, folder / MANIFEST)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest.
+
+        Raises:
+            BufferIntegrityError: when there is none, or it is damaged or of a newer schema.
+        """
+        document = _read(folder / MANIFEST)
+        shards = tuple(
+            ShardEntry(**{**entry, "skipped": tuple(Skipped(**image) for image in entry["skipped"])})
+            for entry in document["shards"]
+        )
+        moments = {site: Moments.from_dict(values) for site, values in document["moments"].items()}
+        return cls(document["identity"], document["display"], moments, shards, document["complete"])
+
+    def demand_equal(self, spec: BufferSpec, folder: Path) -> None:
+        """Check that this manifest is of a buffer made from `spec`.
+
+        Raises:
+            BufferMismatchError: naming every field that differs, with both values.
+        """
+        lines = list(_differences(self.identity, spec.identity()))
+        if not lines:
+            return
+        # Digests of index lists tell a reader nothing; what they were drawn by does.
+        if any(line.startswith("split.") for line in lines):
+            asked = spec.display()["split_request"]
+            lines += _differences(self.display["split_request"], asked, "split_request")
+        raise BufferMismatchError(
+            f"the buffer {folder} was made from something else than what is asked for:\n  " + "\n  ".join(lines),
+            hint="write to another folder, or delete this one to harvest again",
+        )
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished file its name so that, after a crash at any moment, `final` is whole or not there.
+
+    The order matters: bytes to disk, then the name, then the folder that holds the name.
+    """
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+        schema = int(document["schema"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BufferIntegrityError(
+            f"{path.parent} is no buffer: it has no {path.name}", hint="give the folder that harvest wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
+    if schema > SCHEMA:
+        raise BufferIntegrityError(
+            f"{path} has schema {schema}; this version of usae-probe reads schemas up to {SCHEMA}",
+            hint="upgrade usae-probe to read this buffer",
+        )
+    given = document.pop("sha256", None)
+    if given != _digest(document):
+        raise _damaged(path, f"its content does not give its checksum {given}")
+    return dict(document)
+
+
+def _damaged(path: Path, why: str) -> BufferIntegrityError:
+    return BufferIntegrityError(
+        f"the manifest {path} is damaged: {why}", hint="restore it from a copy, or delete the folder and harvest again"
+    )
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a document's values, whatever the spacing and order of its text."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+_ABSENT = object()
+
+
+def _differences(on_disk: Any, asked: Any, path: str = "") -> Iterator[str]:
+    if isinstance(on_disk, dict) and isinstance(asked, dict):
+        for key in dict.fromkeys([*on_disk, *asked]):
+            below = f"{path}.{key}" if path else key
+            yield from _differences(on_disk.get(key, _ABSENT), asked.get(key, _ABSENT), below)
+    elif on_disk != asked:
+        yield f"{path}: {_shown(on_disk)} on disk, {_shown(asked)} asked for"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,297 @@
+"""The command line: the only parser of arguments. Heavy imports happen inside the commands.
+
+Exit status: 0 done; 2 anything that can be known from arguments, config and model structure; 1 everything else that
+fails; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import UsaeProbeError, UsageError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .pipeline import RunResult, Stage
+
+app = typer.Typer(
+    name="usae-probe",
+    help="What do trained vision models represent in common? Universal sparse autoencoders on layers of live models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Config of the run.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<config's name>.")]
+
+
+@app.command()
+def run(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Do all stages: harvest, train, evaluate. Finished ones are kept; an interrupted run goes on."""
+    _stages(config, out, as_json, ("harvest", "train", "evaluate"))
+
+
+@app.command()
+def harvest(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Stream the activations of all sites into the run's buffer."""
+    _stages(config, out, as_json, ("harvest",))
+
+
+@app.command()
+def train(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Train the USAE from the run's buffer."""
+    _stages(config, out, as_json, ("train",))
+
+
+@app.command()
+def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Measure what the sites have in common, on held-out rows."""
+    _stages(config, out, as_json, ("evaluate",))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"), as_json: Json = False
+) -> None:
+    """Run the whole pipeline on two small untrained networks and drawn images."""
+    with _guard(as_json, str(out)):
+        from .demo import UNTRAINED, prepare_demo
+
+        _run_stages(prepare_demo(out), out, as_json, ("harvest", "train", "evaluate"), note=UNTRAINED)
+
+
+@app.command()
+def adapters(as_json: Json = False) -> None:
+    """List the installed adapters."""
+    with _guard(as_json):
+        from .adapter import installed_adapters, load_adapter
+        from .report.terminal import adapter_table
+
+        rows = []
+        for entry in installed_adapters().values():
+            try:
+                load_adapter(entry.name)
+                state = "ok"
+            except UsaeProbeError as error:
+                state = error.message
+            rows.append({**entry._asdict(), "state": state})
+            del rows[-1]["entry"]
+        _show(as_json, {"adapters": rows}, lambda: adapter_table(rows))
+
+
+@app.command()
+def layers(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="timm:resnet18, module:file.py:factory, or a CONFIG.toml.")
+    ],
+    option: Annotated[list[str] | None, typer.Option("--option", help="key=value for the adapter's factory.")] = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", help="Pixels; default: the model's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List a model's layers in execution order (its weights are not needed and not loaded)."""
+    with _guard(as_json):
+        from rich.console import Group
+
+        from .report.terminal import layer_table
+
+        found = dict(_hooked_layers(model, option or [], image_size))
+        data = {name: [_layer_dict(info) for info in infos] for name, infos in found.items()}
+        _show(as_json, {"models": data}, lambda: Group(*(layer_table(name, infos) for name, infos in found.items())))
+
+
+def _hooked_layers(model: str, option: list[str], image_size: int | None) -> Iterator[tuple[str, list[Any]]]:
+    from .adapter import attach
+
+    if model.endswith(".toml"):
+        from .config import RunConfig
+
+        config = RunConfig.load(model)
+        for name, entry in config.models.items():
+            given = entry.model_dump(include={"options", "image_size", "mean", "std", "interpolation", "crop_pct"})
+            with attach(
+                entry.name, adapter=entry.adapter, name=name, base=config.base, pretrained=False, **given
+            ) as hooked:
+                yield name, hooked.layers()
+        return
+    zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # values do not matter for shapes
+    options = dict(_parsed_option(text) for text in option)
+    with attach(model, pretrained=False, options=options, image_size=image_size, mean=zeros, std=ones) as hooked:
+        yield model, hooked.layers()
+
+
+def _parsed_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--option '{text}' is not key=value", hint="e.g. --option img_size=112")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _layer_dict(info: Any) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "kind": info.kind,
+        "output_shape": info.output_shape,
+        "order": info.order,
+        "calls": info.calls,
+        "parameters": info.parameters,
+        "layout": str(info.layout) if info.layout else None,
+        "aliases": info.aliases,
+    }
+
+
+def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...]) -> None:
+    folder = out or Path("runs") / config.stem
+    with _guard(as_json, str(folder)):
+        from .config import RunConfig
+
+        _run_stages(RunConfig.load(config), folder, as_json, stages)
+
+
+def _run_stages(config: RunConfig, folder: Path, as_json: bool, stages: tuple[Stage, ...], note: str = "") -> None:
+    from .pipeline import Progress, Run, StageResult
+    from .report import terminal
+
+    _, stderr = terminal.consoles()
+    with terminal.StageProgress(stderr) as bars, _shown_warnings(bars.say):
+
+        def announce(news: StageResult | tuple[Stage, str]) -> None:
+            if isinstance(news, StageResult):
+                bars.finish(news.stage)
+                spent = "kept, already done" if news.kept else f"done in {terminal.seconds(news.seconds)}"
+                bars.say(f"{news.stage}: {spent}")
+            else:
+                bars.say(f"{news[0]}: redone, {news[1]}" if news[1] else f"{news[0]} …")
+
+        def progress(now: Progress) -> None:
+            bars.update(*now)
+
+        if note:
+            bars.say(note)
+        result = Run(config, folder, progress=progress, announce=announce).run(stages)
+    files = _files(folder)
+    _show(as_json, _result_dict(result, files, note), lambda: _summary(result, files, note))
+
+
+def _summary(result: RunResult, files: dict[str, Path], note: str) -> Any:
+    from rich.text import Text
+
+    from .report.terminal import run_summary
+
+    if result.metrics is None:
+        return Text(f"results in {result.folder}")
+    return run_summary(result.metrics, files, note)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    names = {"measures": "metrics.json", "latents": "latents.csv", "figures": "figures", "USAE": "usae.safetensors"}
+    names |= {"activations": "buffer", "record": "run.json"}
+    return {what: folder / name for what, name in names.items() if (folder / name).exists()}
+
+
+def _result_dict(result: RunResult, files: dict[str, Path], note: str) -> dict[str, Any]:
+    stages = {
+        stage.stage: {"kept": stage.kept, "seconds": round(stage.seconds, 3), "why": stage.why}
+        for stage in result.stages
+    }
+    data: dict[str, Any] = {"run_dir": str(result.folder), "stages": stages, "metrics": result.metrics}
+    data["files"] = {what: str(path) for what, path in files.items()}
+    return data | ({"note": note} if note else {})
+
+
+def _show(as_json: bool, data: dict[str, Any], renderable: Callable[[], Any]) -> None:
+    """Print JSON on stdout (and the table on stderr), or the table on stdout."""
+    from .report.terminal import consoles
+
+    stdout, stderr = consoles()
+    (stderr if as_json else stdout).print(renderable())
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _guard(as_json: bool, folder: str = "") -> Iterator[None]:
+    """Turn errors into one clear line (or JSON) and the exit status of the contract."""
+    try:
+        yield
+    except UsaeProbeError as error:
+        _fail(as_json, type(error).__name__, error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        state = f"what was finished is kept in {folder}; give the same command again to go on" if folder else ""
+        _fail(as_json, "Interrupted", "interrupted", state, 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
+        raise typer.Exit(1) from None
+    except OSError as error:
+        _fail(as_json, type(error).__name__, str(error), "check space and permissions; what was finished is kept", 1)
+    except Exception as error:
+        if os.environ.get("USAE_PROBE_DEBUG"):
+            raise
+        hint = "this is a bug or an unusual model: set USAE_PROBE_DEBUG=1 to see where it happened"
+        _fail(as_json, type(error).__name__, str(error) or repr(error), hint, 1)
+
+
+def _fail(as_json: bool, kind: str, message: str, hint: str, status: int) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}, indent=2) + "\n")
+    else:
+        from .report.terminal import consoles, error_text
+
+        consoles()[1].print(error_text(message, hint), soft_wrap=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def _shown_warnings(say: Callable[[str], None]) -> Iterator[None]:
+    """Show this package's own warnings as plain lines, each text once."""
+    from .errors import UsaeProbeWarning
+
+    seen: set[str] = set()
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, UsaeProbeWarning):
+            before(message, category, *rest, **more)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UsaeProbeWarning)
+        warnings.showwarning = show
+        yield
+
+
+def main() -> None:
+    """Run the command line; usage errors follow `--json` too."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        status = app(standalone_mode=False)
+    except typer.Exit as leaving:
+        status = leaving.exit_code
+    except typer.Abort:
+        status = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own errors all have it
+            raise
+        status = getattr(error, "exit_code", 2)
+        if as_json:
+            document = {"error": {"type": "UsageError", "message": error.format_message(), "hint": "see --help"}}
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        else:
+            error.show()  # type: ignore[attr-defined]
+    sys.exit(status if isinstance(status, int) else 0)

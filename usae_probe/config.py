@@ -1,0 +1,271 @@
+"""The config of a run: one frozen pydantic model per TOML table, unknown keys refused with the nearest known key."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from .errors import ConfigError, nearest
+from .sites import Site, check_model_name
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+T = TypeVar("T", bound=BaseModel)
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Table):
+    """`[models.NAME]`: where one model comes from and which of its layers are looked at."""
+
+    adapter: str = Field("timm", description="installed adapter that builds the model: timm, module, or a plug-in's")
+    name: str = Field(
+        description="the adapter's name for the model; module: 'file.py:factory' or 'package.mod:factory'"
+    )
+    layers: list[str] = Field(min_length=1, description="layer names or globs, with site suffixes: 'blocks.8@mean'")
+    pretrained: bool = Field(True, description="load the adapter's own weights (not used when checkpoint is given)")
+    checkpoint: str | None = Field(None, description="local weights, .safetensors or .pth")
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to the adapter's factory")
+    image_size: int | tuple[int, int] | None = Field(None, description="pixels; default: the model's own")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="per channel, in [0, 1]; default: the model's own"
+    )
+    std: tuple[float, float, float] | None = Field(None, description="per channel; default: the model's own")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
+        None, description="default: the model's own"
+    )
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="share kept by the centre crop")
+    device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype of the forward pass")
+
+
+class ImagesConfig(_Table):
+    """`[images]`: which pictures, and their split by image."""
+
+    source: str = Field(description="folder (recursive), or .npz/.npy of uint8 N,H,W,3")
+    limit: int | None = Field(None, ge=1, description="images drawn by seed over the whole source; default: all")
+    holdout: Share = Field(0.1, description="share of images kept for evaluation")
+    validation: Share = Field(0.1, description="share of the training images kept for choices during training")
+    seed: int = Field(0, description="seed of the draw")
+    batch_size: int = Field(64, ge=1, description="images per forward pass")
+    workers: int = Field(0, ge=0, description="threads that decode images; 0: the main thread does")
+
+
+class BufferConfig(_Table):
+    """`[buffer]`: how activations lie on disk."""
+
+    dtype: Literal["float16", "float32"] = Field("float16", description="dtype on disk")
+    mode: Literal["store"] = Field("store", description="keep all rows")
+    shard_images: int = Field(512, ge=1, description="images per sealed shard: what a kill can cost")
+
+
+class UsaeConfig(_Table):
+    """`[usae]`: the shared dictionary."""
+
+    n_latents: int = Field(2042, ge=1, description="latents of the shared code")
+    k: int = Field(64, ge=1, description="active latents per row")
+    sparsity: Literal["topk"] = Field("topk", description="how z_pre becomes z")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> UsaeConfig:
+        if self.k > self.n_latents:
+            raise ValueError(f"k = {self.k} is more than n_latents = {self.n_latents}: choose k well under it")
+        return self
+
+
+class TrainConfig(_Table):
+    """`[train]`: the optimisation of the USAE."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; default 100 without steps")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
+    batch_size: int = Field(1024, ge=1, description="rows per step (all training rows when there are fewer)")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate of Adam")
+    lr_warmup: Share = Field(0.05, description="share of the steps in which the learning rate rises linearly")
+    lr_final: float = Field(0.01, ge=0, le=1, description="learning rate at the end, as a share of lr (cosine)")
+    source: Literal["random", "all"] = Field("random", description="which site's code is decoded in a step")
+    align_warmup: Share = Field(0.15, description="share of the steps with one support for all sites (see README)")
+    aux_k: int = Field(256, ge=0, description="dead latents that model the residual; 0 switches it off")
+    aux_coef: float = Field(1 / 32, ge=0, description="weight of that auxiliary loss")
+    dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
+    grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
+    kernel: Literal["auto", "reference", "csr"] = Field("auto", description="how codes are computed and decoded")
+    pairing: Literal["image", "shuffled"] = Field(
+        "image", description="shuffled: rows of different sites paired at random, the mispaired control"
+    )
+    log_every: int = Field(10, ge=1, description="steps between records of history.jsonl")
+    validate_every: int = Field(100, ge=0, description="steps between R² on validation rows; 0: only at the end")
+    device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
+    seed: int = Field(0, description="seed of initialisation, batches and sources")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"both epochs = {self.epochs} and steps = {self.steps} are given: keep one")
+        return self
+
+    def n_steps(self, steps_per_epoch: float) -> int:
+        """Return the optimiser steps of this run, given how many one pass over the training rows takes."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 100) * steps_per_epoch))
+
+
+class ProbesConfig(_Table):
+    """`[probes]`: the measures and their thresholds."""
+
+    sites: list[str] | None = Field(None, description="one site per model for the classes; default: the last listed")
+    tau: float = Field(0.0, ge=0, description="a latent fires where z > tau")
+    min_fires: int = Field(10, ge=1, description="held-out images in which a latent must fire to count for a site")
+    min_rate_ratio: float = Field(0.1, ge=0, le=1, description="and share of the rate in its busiest site")
+    entropy: float = Field(0.9, ge=0, le=1, description="firing entropy of a universal latent")
+    phi: float = Field(0.2, ge=0, le=1, description="φ of co-firing of a universal or partial latent")
+    q: float = Field(0.01, gt=0, lt=1, description="false-discovery rate of the co-firing test")
+    split_cosine: float = Field(0.9, gt=0, le=1, description="cosine of decoder rows that marks split latents")
+    train_rows: int = Field(20_000, ge=1, description="training rows that the training R² is computed on, at most")
+
+
+class RunConfig(_Table):
+    """A whole config file."""
+
+    models: dict[str, ModelConfig] = Field(min_length=1, description="the models, by name")
+    images: ImagesConfig
+    buffer: BufferConfig = BufferConfig()
+    usae: UsaeConfig = UsaeConfig()
+    train: TrainConfig = TrainConfig()
+    probes: ProbesConfig = ProbesConfig()
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths start from: the config file's own."""
+        return self._base
+
+    def sites_of(self, model: str) -> list[Site]:
+        """Parse the `layers` of one model (globs are still unexpanded)."""
+        return [Site.of(model, layer) for layer in self.models[model].layers]
+
+    @property
+    def image_path(self) -> str:
+        """`images.source` with a relative path resolved."""
+        source = self.images.source
+        return source if source.startswith("torchvision:") else str((self.base / Path(source).expanduser()).resolve())
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read and check a TOML file; `${NAME}` and `${NAME:-default}` stand for environment variables.
+
+        Raises:
+            ConfigError: when the file is missing, is no TOML, or does not follow the schema.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read config '{path}': {error}", hint="give the path of a TOML file") from error
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"'{path}' is not valid TOML: {error}") from error
+        return cls.from_dict(data, base=path.resolve().parent)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, base: Path) -> RunConfig:
+        """Check a parsed config; `base` is the folder of relative paths.
+
+        Raises:
+            ConfigError: naming key, value and what was expected.
+        """
+        config = checked(cls, _expanded(dict(data)))
+        config._base = base
+        for name in config.models:
+            check_model_name(name)
+            for site in config.sites_of(name):
+                site.require_built()
+        return config
+
+
+def checked(model: type[T], data: Mapping[str, Any]) -> T:
+    """Validate `data` by a pydantic model, with errors a person can act on.
+
+    Raises:
+        ConfigError: for the first thing that is wrong.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = tuple(first["loc"])
+        key = ".".join(str(part) for part in path)
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(model, path[:-1])
+            listed = f"known keys: {', '.join(known)}"
+            hint = nearest(str(path[-1]), known)
+            raise ConfigError(f"unknown config key '{key}'", hint=f"{hint} {listed}".strip()) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"config key '{key}' is missing", hint=_description(model, path)) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], dict) else f", given {first['input']!r}"
+        raise ConfigError(f"config key '{key}': {reason}{given}", hint=_description(model, path)) from None
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    table = _table_at(model, path)
+    return list(table.model_fields) if table else []
+
+
+def _description(model: type[BaseModel], path: tuple[str | int, ...]) -> str:
+    table = _table_at(model, path[:-1])
+    field = table.model_fields.get(str(path[-1])) if table and path else None
+    return (field.description or "") if field else ""
+
+
+def _table_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """Follow `path` (table names, and the free names inside `models`) to the pydantic model it ends in."""
+    here: Any = model
+    for part in path:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(str(part))
+            here = field.annotation if field else None
+        else:
+            here = next((arg for arg in get_args(here) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, str):
+        return _VARIABLE.sub(_variable, value)
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return value
+
+
+def _variable(match: re.Match[str]) -> str:
+    given = os.environ.get(match["name"]) or match["default"]
+    if given is None:
+        raise ConfigError(
+            f"the config uses ${{{match['name']}}}, which is not set",
+            hint=f"export {match['name']}=…, or write ${{{match['name']}:-default}}",
+        )
+    return given
+
+
+def documented_keys() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (table, key, default, description) of every config key: the README's table is made from it."""
+    for table, field in RunConfig.model_fields.items():
+        model = ModelConfig if table == "models" else field.annotation
+        name = "models.NAME" if table == "models" else table
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        for key, entry in model.model_fields.items():
+            default = "required" if entry.is_required() else repr(entry.get_default(call_default_factory=True))
+            yield name, key, default, entry.description or ""

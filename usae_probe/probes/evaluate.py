@@ -1,0 +1,164 @@
+"""Evaluation: one streaming pass over the held-out rows, one over training rows for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..buffer import ActivationBuffer, Rows
+from ..config import ProbesConfig, checked
+from ..errors import BufferIntegrityError, NotBuiltError, SiteError, nearest
+from ..split import SplitName
+from ..usae import USAE, ReconstructionSums
+from .firing import FiringCounts
+from .report import LatentRecord, PairRecord, UniversalityReport
+from .universality import CATEGORIES, Classes, classify, split_latents
+
+CHUNK_ROWS = 1024
+
+
+def evaluate(
+    usae: USAE,
+    buffer: ActivationBuffer,
+    *,
+    config: ProbesConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> UniversalityReport:
+    """Measure what the sites of a USAE have in common, on the buffer's held-out rows.
+
+    Args:
+        usae: a trained USAE.
+        buffer: row-paired activations of (at least) its sites.
+        config: thresholds as read from a config file; single ones by name as `settings`.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        BufferIntegrityError: when the buffer lacks a site or has no held-out rows.
+        SiteError: when `sites` names something the USAE does not have.
+    """
+    config = checked(ProbesConfig, (config or ProbesConfig()).model_dump() | settings)
+    class_sites = one_site_per_model(usae.sites, config.sites)
+    _check(usae, buffer)
+    n_eval, n_train = buffer.n_rows("holdout"), min(buffer.n_rows("train"), config.train_rows)
+    report = _Progress(progress, n_eval + n_train)
+    held_out, training = ReconstructionSums(usae), ReconstructionSums(usae)
+    counts = FiringCounts(usae.sites, usae.n_latents, config.tau)
+    for rows in buffer.chunks("holdout", CHUNK_ROWS, list(usae.sites)):
+        counts.add(held_out.add(rows.values))
+        report.add(rows.n)
+    for rows in _some_rows(buffer, "train", n_train, list(usae.sites)):
+        training.add(rows.values)
+        report.add(rows.n)
+    classes = classify(counts, class_sites, config)
+    decoders = {site: usae.decoder(site).detach().cpu().numpy() for site in class_sites}
+    split = split_latents(decoders, classes, class_sites, config.split_cosine)
+    return UniversalityReport(
+        sites=usae.sites,
+        class_sites=class_sites,
+        r2=held_out.r2(),
+        r2_train=training.r2(),
+        r2_global_mean=held_out.r2_global_mean(),
+        counts={name: int((classes.category == name).sum()) for name in CATEGORIES},
+        n_split=int(split.sum()),
+        n_rows_train=training.n_rows,
+        n_rows_eval=held_out.n_rows,
+        latents=list(_records(usae, counts, classes, split, class_sites)),
+    )
+
+
+def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the sites that the classes are about: those asked for, or the last listed of each model.
+
+    Raises:
+        SiteError: for a site the USAE does not have, or two of one model.
+    """
+    if asked is None:
+        return tuple({site.partition("/")[0]: site for site in sites}.values())
+    for site in asked:
+        if site not in sites:
+            raise SiteError(
+                f"probes.sites names '{site}', which is not trained on",
+                hint=f"{nearest(site, sites)} sites: {', '.join(sites)}".strip(),
+            )
+    models = [site.partition("/")[0] for site in asked]
+    for model in models:
+        if models.count(model) > 1:
+            raise SiteError(
+                f"probes.sites names model '{model}' twice: {', '.join(asked)}",
+                hint="classes compare one site per model",
+            )
+    return tuple(asked)
+
+
+class _Progress:
+    def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
+        self.callback, self.total, self.done = callback, total, 0
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        if self.callback:
+            self.callback(self.done, self.total)
+
+
+def _check(usae: USAE, buffer: ActivationBuffer) -> None:
+    for site in usae.sites:
+        if buffer.d_in.get(site) != usae.d_in[site]:
+            found = f"d_in {buffer.d_in[site]}" if site in buffer.d_in else "no such site"
+            raise BufferIntegrityError(
+                f"the USAE was trained on '{site}' with d_in {usae.d_in[site]}, the buffer has {found}",
+                hint="evaluate on the buffer it was trained on",
+            )
+        if buffer.specs[site].rows_per_image != 1:
+            raise NotBuiltError(
+                f"site '{site}' has rows_per_image = {buffer.specs[site].rows_per_image}; statistics over several rows "
+                "of one image are not built yet",
+                hint="use @pool, @cls or @mean, or one row per image",
+            )
+    if buffer.n_rows("holdout") < 2:
+        raise BufferIntegrityError(
+            f"the buffer has {buffer.n_rows('holdout')} held-out rows, evaluation needs at least 2",
+            hint="set images.holdout above 0 and harvest again",
+        )
+
+
+def _some_rows(buffer: ActivationBuffer, split: SplitName, n: int, sites: list[str]) -> Iterator[Rows]:
+    """Yield n rows spread evenly over the split, in chunks."""
+    total = buffer.n_rows(split)
+    chosen = np.linspace(0, total, n, endpoint=False).astype(np.int64)
+    for start in range(0, n, CHUNK_ROWS):
+        yield buffer.gather(split, chosen[start : start + CHUNK_ROWS], sites)
+
+
+def _records(
+    usae: USAE, counts: FiringCounts, classes: Classes, split: np.ndarray, class_sites: tuple[str, ...]
+) -> Iterator[LatentRecord]:
+    norms = dict(zip(usae.sites, usae.decoder_norms().detach().cpu().double().numpy(), strict=True))
+    norm_sum = np.maximum(sum(norms.values()), 1e-12)
+    mean = {site: counts.mean(site) for site in usae.sites}
+    by_site: Mapping[str, Mapping[str, np.ndarray]] = {
+        "fires": counts.fires,
+        "rate": {site: counts.fires[site] / counts.n_rows for site in usae.sites},
+        "mean": mean,
+        "maximum": counts.maximum,
+        "energy": {site: mean[site] * norms[site] for site in usae.sites},
+        "decoder_norm": {site: norms[site] / norm_sum for site in usae.sites},
+    }
+    for k in range(usae.n_latents):
+        yield LatentRecord(
+            latent=k,
+            category=classes.category[k].item(),
+            split=bool(split[k]),
+            fires_in=tuple(site for i, site in enumerate(class_sites) if classes.fires_in[i, k]),
+            entropy=float(classes.entropy[k]),
+            q=float(classes.q_all[k]),
+            pairs={
+                key: PairRecord(
+                    **{name: column[k].item() for name, column in pair._asdict().items()}, q=float(classes.q[key][k])
+                )
+                for key, pair in classes.pairs.items()
+            },
+            **{name: {site: values[site][k].item() for site in usae.sites} for name, values in by_site.items()},
+        )

@@ -1,0 +1,107 @@
+"""Figures, one style: colour-blind-safe maps, captions that state the measure and n."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import replacing
+from ..probes import UniversalityReport
+from ..usae import Matrix
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe–Ito
+
+
+def r2_matrix(report: UniversalityReport, path: Path) -> None:
+    """Draw R² of every source site (rows) to every target site (columns), held-out beside training rows."""
+    size = len(report.sites)
+    figure = _figure((4.2 + 1.5 * size, 1.9 + 0.55 * size))
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = (
+        ("held-out rows", report.n_rows_eval, report.r2),
+        ("training rows", report.n_rows_train, report.r2_train),
+    )
+    for axis, (name, n, matrix) in zip(axes, panels, strict=True):
+        _heat_map(axis, matrix, report.sites)
+        axis.set_title(f"{name} (n = {n:,})", fontsize=10)
+        axis.set_xlabel("decoded to")
+    axes[0].set_ylabel("code of")
+    figure.suptitle("R² of reconstruction, about the per-dimension mean", fontsize=11)
+    _save(figure, path)
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss per target site, and R² on validation rows where it was measured, over the steps.
+
+    Solid lines are reconstructions from a site's own code, dashed ones the mean over the other sites' codes.
+    """
+    figure = _figure((9.6, 3.8))
+    left, right = figure.subplots(1, 2)
+    sites = list(history[0]["losses"]) if history else []
+    aligned = [record["step"] for record in history if record["phase"] == "align"]
+    if aligned:
+        left.axvspan(0, max(aligned), color="0.92", label="alignment warm-up (own and other codes)")
+    for colour, site in zip(_cycle(len(sites)), sites, strict=True):
+        _loss_lines(left, history, site, colour)
+        _validation_lines(right, [record for record in history if record["r2"]], site, sites, colour)
+    left.set(xlabel="step", ylabel="normalised MSE", title="Loss by target site (1 = predicting the mean)")
+    right.set(xlabel="step", ylabel="R²", title="R² on validation rows, by target site")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if sites:
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def _loss_lines(axis: Axes, history: Sequence[Mapping[str, Any]], site: str, colour: str) -> None:
+    own = [r for r in history if r["source"] in (site, "all")]
+    other = [r for r in history if r["source"] not in (site, "all")]
+    axis.plot([r["step"] for r in own], [r["losses"][site] for r in own], color=colour, label=f"{site}, own code")
+    if other:
+        losses = [r["losses"][site] for r in other]
+        axis.plot([r["step"] for r in other], losses, color=colour, linestyle="--", label=f"{site}, other code")
+
+
+def _validation_lines(
+    axis: Axes, measured: Sequence[Mapping[str, Any]], site: str, sites: Sequence[str], colour: str
+) -> None:
+    steps, others = [r["step"] for r in measured], [source for source in sites if source != site]
+    own = [_number(r["r2"][site][site]) for r in measured]
+    axis.plot(steps, own, color=colour, marker=".", label=f"{site}, own code")
+    if others:
+        cross = [sum(_number(r["r2"][source][site]) for source in others) / len(others) for r in measured]
+        axis.plot(steps, cross, color=colour, marker=".", linestyle="--", label=f"{site}, other codes")
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _heat_map(axis: Axes, matrix: Matrix, sites: Sequence[str]) -> None:
+    values = [[matrix[source][target] for target in sites] for source in sites]
+    axis.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+    axis.set_xticks(range(len(sites)), sites, rotation=25, ha="right", fontsize=8)
+    axis.set_yticks(range(len(sites)), sites, fontsize=8)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axis.text(j, i, f"{value:.3f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+
+
+def _cycle(n: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(n)]
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
+
+    return Figure(figsize=size, dpi=150, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,22 @@
+"""The Universal Sparse Autoencoder: kernels, model, losses, training, checkpoints."""
+
+from .kernels import Codes, Support, choose_kernel, select_topk
+from .model import USAE, warn_without_bottleneck
+from .reconstruction import Matrix, ReconstructionSums
+from .train import StepRecord, TrainResult, train, train_steps, usae_for
+
+__all__ = [
+    "USAE",
+    "Codes",
+    "Matrix",
+    "ReconstructionSums",
+    "StepRecord",
+    "Support",
+    "TrainResult",
+    "choose_kernel",
+    "select_topk",
+    "train",
+    "train_steps",
+    "usae_for",
+    "warn_without_bottleneck",
+]

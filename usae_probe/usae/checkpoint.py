@@ -1,0 +1,96 @@
+"""USAE checkpoints: safetensors, with the site order and all settings in the JSON beside; nothing is unpickled.
+
+Tensors are `W_enc.0`, `b_enc.0`, `W_dec.0`, `b_dec.0`, `mean.0`, `scale.0`, `W_enc.1`, … in the order of `sites`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..errors import CheckpointError
+from ..files import replacing, sha256, write_json
+from .model import USAE
+
+SCHEMA = 1
+T = TypeVar("T", bound=USAE)
+
+
+def save_usae(usae: USAE, path: Path) -> None:
+    """Write `path` and `path` with the ending .json, each atomically; the JSON holds the other's hash."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, site in enumerate(usae.sites):
+        columns = usae.columns[site]
+        parts = {"W_enc": usae.W_enc[index], "b_enc": usae.b_enc[index], "W_dec": usae.W_dec[:, columns]}
+        parts |= {"b_dec": usae.b_dec[columns], "mean": usae.mean[columns], "scale": usae.scale[index : index + 1]}
+        tensors |= {f"{key}.{index}": value.detach().cpu().contiguous().clone() for key, value in parts.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+    about: dict[str, Any] = {
+        "schema": SCHEMA,
+        "sites": list(usae.sites),
+        "d_in": usae.d_in,
+        "n_latents": usae.n_latents,
+        "k": usae.k,
+        "sparsity": "topk",
+        "sha256": sha256(path),
+    }
+    write_json(path.with_suffix(".json"), about)
+
+
+def load_usae(cls: type[T], path: Path, **overrides: Any) -> T:
+    """Read a checkpoint that `save_usae` wrote.
+
+    Raises:
+        CheckpointError: when a file is missing, damaged, of another schema, or tensors have unexpected shapes.
+    """
+    about = _read_about(path)
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"USAE checkpoint '{path}' cannot be read: {error}", hint="train again") from error
+    if sha256(path) != about["sha256"]:
+        raise CheckpointError(
+            f"'{path}' is not the file that '{path.with_suffix('.json').name}' describes (SHA-256 differs)",
+            hint="copy both files together, or train again",
+        )
+    usae = cls(about["d_in"], about["n_latents"], about["k"], **overrides)
+    with torch.no_grad():
+        for index, site in enumerate(usae.sites):
+            columns = usae.columns[site]
+            _fill(usae.W_enc[index], tensors, f"W_enc.{index}", path)
+            _fill(usae.b_enc[index], tensors, f"b_enc.{index}", path)
+            _fill(usae.W_dec[:, columns], tensors, f"W_dec.{index}", path)
+            _fill(usae.b_dec[columns], tensors, f"b_dec.{index}", path)
+            _fill(usae.mean[columns], tensors, f"mean.{index}", path)
+            _fill(usae.scale[index : index + 1], tensors, f"scale.{index}", path)
+    return usae
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    for file in (path, beside):
+        if not file.is_file():
+            raise CheckpointError(f"no USAE checkpoint: '{file}' does not exist", hint="train first")
+    try:
+        about = json.loads(beside.read_text(encoding="utf-8"))
+        schema = about["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{beside}' does not describe a USAE checkpoint: {error}") from error
+    if schema != SCHEMA:
+        raise CheckpointError(f"'{beside}' has schema {schema}, this version reads {SCHEMA}", hint="update usae-probe")
+    return dict(about)
+
+
+def _fill(target: torch.Tensor, tensors: dict[str, torch.Tensor], key: str, path: Path) -> None:
+    given = tensors.get(key)
+    if given is None or given.shape != target.shape:
+        found = "missing" if given is None else f"{list(given.shape)} on disk"
+        raise CheckpointError(
+            f"tensor '{key}' of '{path}' is {found}, expected {list(target.shape)} by the JSON beside it"
+        )
+    target.copy_(given)

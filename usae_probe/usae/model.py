@@ -1,0 +1,221 @@
+"""The Universal Sparse Autoencoder: one encoder and one decoder per site, one shared sparse code."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError, SiteError, UsaeProbeWarning, nearest
+from ..shapes import Decoder, LatentVector, RowMatrix
+from .kernels import Codes, Kernel, Support, choose_kernel, fold_bias, select_topk, to_dense
+
+
+class USAE(nn.Module):
+    """A Universal Sparse Autoencoder (arXiv 2502.03714) with TopK codes (arXiv 2406.04093).
+
+    For site i with rows x, mean μ_i and scale s_i of the training rows, x̃ = (x − μ_i) / s_i and
+
+        z_pre = (x̃ − b_dec,i) W_enc,iᵀ + b_enc,i
+        z     = relu(z_pre) on its k largest entries, 0 elsewhere
+        x̂_j   = μ_j + s_j (z W_dec,j + b_dec,j)        for every site j.
+
+    For every latent the concatenated decoder row over all M sites has norm √M. One site makes an ordinary
+    (independent) sparse autoencoder.
+
+    Args:
+        d_in: {site: dimensions}, in the order of the sites.
+        n_latents: latents of the shared code.
+        k: active latents per row; well under the smallest d_in, or there is no bottleneck (warns).
+        normalisation: {site: (mean [d_in], scale)} of the training rows; default 0 and 1.
+        kernel: `auto`, `reference` or `csr`.
+        seed: seed of the tied initialisation.
+
+    Raises:
+        ConfigError: when k > n_latents, or there is no site.
+
+    Example:
+        >>> usae = USAE({"a/x": 8, "b/y": 6}, n_latents=16, k=2)
+        >>> codes = usae.encode(torch.randn(4, 8), "a/x")
+        >>> codes.values.shape, usae.decode(codes, "b/y").shape
+        (torch.Size([4, 2]), torch.Size([4, 6]))
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        d_in: Mapping[str, int],
+        n_latents: int,
+        k: int,
+        *,
+        normalisation: Mapping[str, tuple[Tensor, float]] | None = None,
+        kernel: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check(d_in, n_latents, k)
+        self.d_in = dict(d_in)
+        self.sites = tuple(d_in)
+        self.n_latents, self.k = n_latents, k
+        self.kernel_name = kernel
+        starts = torch.tensor([0, *d_in.values()]).cumsum(0).tolist()
+        self.columns = {site: slice(a, b) for site, a, b in zip(self.sites, starts, starts[1:], strict=False)}
+        total, generator = starts[-1], torch.Generator().manual_seed(seed)
+        rows = {
+            site: nn.functional.normalize(torch.randn(n_latents, d, generator=generator)) for site, d in d_in.items()
+        }
+        self.W_enc = nn.ParameterList([nn.Parameter(rows[site].clone()) for site in self.sites])
+        self.b_enc = nn.ParameterList([nn.Parameter(torch.zeros(n_latents)) for _ in self.sites])
+        self.W_dec = nn.Parameter(torch.cat([rows[site] for site in self.sites], dim=1))
+        self.b_dec = nn.Parameter(torch.zeros(total))
+        self.register_buffer("mean", torch.zeros(total))
+        self.register_buffer("scale", torch.ones(len(self.sites)))
+        for site, (mean, scale) in (normalisation or {}).items():
+            self.mean[self.columns[site]] = mean.to(self.mean)
+            self.scale[self.sites.index(site)] = scale
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel in use on the present device."""
+        return choose_kernel(self.kernel_name, self.W_dec.device, self.W_dec.dtype)
+
+    def site_index(self, site: str) -> int:
+        """Return a site's position.
+
+        Raises:
+            SiteError: naming the sites there are.
+        """
+        if site not in self.columns:
+            raise SiteError(
+                f"the USAE has no site '{site}'",
+                hint=f"{nearest(site, self.sites)} sites: {', '.join(self.sites)}".strip(),
+            )
+        return self.sites.index(site)
+
+    def normalise(self, x: RowMatrix, site: str) -> RowMatrix:
+        """Return x̃ = (x − μ) / s."""
+        index = self.site_index(site)
+        return (x.to(self.mean) - self.mean[self.columns[site]]) / self.scale[index]
+
+    def z_pre(self, x_normalised: RowMatrix, site: str) -> Float[Tensor, "b n"]:
+        """Return the encoder product of normalised rows, [b, n_latents]."""
+        index = self.site_index(site)
+        return self.kernel.pre(x_normalised, self.W_enc[index], self._bias(index))
+
+    def encode_at(self, x_normalised: RowMatrix, site: str, z_pre: Float[Tensor, "b n"], support: Support) -> Tensor:
+        """Return the site's own values at a given support, [b, k]."""
+        index = self.site_index(site)
+        return self.kernel.at(z_pre, support, x_normalised, self.W_enc[index], self._bias(index))
+
+    def encode(self, x: RowMatrix, site: str) -> Codes:
+        """Encode rows in the model's own units.
+
+        Args:
+            x: [b, d_in[site]].
+            site: the site the rows come from.
+
+        Returns:
+            values and indices, [b, k] each.
+
+        Raises:
+            SiteError: for an unknown site.
+        """
+        normalised = self.normalise(x, site)
+        z_pre = self.z_pre(normalised, site)
+        support = Support(select_topk(z_pre, self.k), self.n_latents)
+        return Codes(self.encode_at(normalised, site, z_pre, support), support.indices)
+
+    def decode_all(self, values: Tensor, support: Support) -> RowMatrix:
+        """Decode one code to every site at once, normalised: [b, Σ d_in], columns in the order of the sites."""
+        return self.kernel.decode(values, support, self.W_dec) + self.b_dec
+
+    def decode(self, codes: Codes, site: str) -> RowMatrix:
+        """Decode a code (from any site) to rows of `site`, in the model's own units.
+
+        Raises:
+            SiteError: for an unknown site.
+        """
+        index, columns = self.site_index(site), self.columns[site]
+        support = Support(codes.indices, self.n_latents)
+        x_hat = self.kernel.decode(codes.values, support, self.W_dec[:, columns].contiguous()) + self.b_dec[columns]
+        return x_hat * self.scale[index] + self.mean[columns]
+
+    def to_dense(self, codes: Codes) -> Float[Tensor, "b n"]:
+        """Spread codes into a dense [b, n_latents] matrix; for looking at a few rows."""
+        return to_dense(codes, self.n_latents)
+
+    def decoder(self, site: str) -> Decoder:
+        """Return W_dec of one site, [n_latents, d_in] (a view)."""
+        self.site_index(site)
+        return self.W_dec[:, self.columns[site]]
+
+    def decoder_norms(self) -> Float[Tensor, "m n"]:
+        """Return ‖W_dec,k‖ per site and latent."""
+        return torch.stack([self.decoder(site).norm(dim=1) for site in self.sites])
+
+    @torch.no_grad()
+    def renormalise_decoder(self) -> None:
+        """Scale every latent's concatenated decoder row back to norm √M."""
+        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.W_dec.mul_(math.sqrt(len(self.sites)) / norms)
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Take out of the decoder's gradient what would only change a row's norm: g ← g − (g·w) w / ‖w‖²."""
+        grad = self.W_dec.grad
+        if grad is not None:
+            along = (grad * self.W_dec).sum(1, keepdim=True) / len(self.sites)
+            grad.addcmul_(along, self.W_dec, value=-1.0)
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` (safetensors) and the JSON beside it; see `usae_probe.usae.checkpoint`."""
+        from .checkpoint import save_usae
+
+        save_usae(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: when a file is missing, damaged or does not fit.
+        """
+        from .checkpoint import load_usae
+
+        return load_usae(cls, Path(path), **overrides)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site} [{d}]" for site, d in self.d_in.items())
+        return f"USAE(n_latents={self.n_latents}, k={self.k}, sites: {sites})"
+
+    def _bias(self, index: int) -> LatentVector:
+        columns = self.columns[self.sites[index]]
+        return fold_bias(self.W_enc[index], self.b_enc[index], self.b_dec[columns])
+
+
+def _check(d_in: Mapping[str, int], n_latents: int, k: int) -> None:
+    if not d_in:
+        raise ConfigError("a USAE needs at least one site", hint="give d_in = {'model/layer': dimensions}")
+    if not 1 <= k <= n_latents:
+        raise ConfigError(f"k = {k} is not between 1 and n_latents = {n_latents}", hint="choose k well under n_latents")
+    warn_without_bottleneck(d_in, k)
+
+
+def warn_without_bottleneck(d_in: Mapping[str, int], k: int) -> None:
+    """Warn when k active latents are no fewer than the dimensions of the narrowest site."""
+    narrow = min(d_in, key=lambda site: d_in[site])
+    if k >= d_in[narrow]:
+        warnings.warn(
+            f"k = {k} active latents for rows of d_in = {d_in[narrow]} ('{narrow}') is no bottleneck: any dictionary "
+            "can reconstruct them; choose k well under the smallest d_in",
+            UsaeProbeWarning,
+            stacklevel=3,
+        )
