@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from usae_probe.buffer import ActivationBuffer, BufferSpec, BufferWriter, SiteSpec
-from usae_probe.buffer import manifest as manifest_module
 from usae_probe.split import draw_split
 
 SITES = {"vit/blocks.8": 16, "resnet/layer4": 24}
@@ -114,7 +113,7 @@ def kill_at(call: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(*args)
 
-        setattr(manifest_module.os, name, run)
+        setattr(os, name, run)
 
     wrapped("fsync")
     wrapped("replace")

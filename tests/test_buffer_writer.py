@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from usae_probe.buffer import ActivationBuffer, BufferSpec, BufferWriter, Moments, ShardPlan, SiteSpec
-from usae_probe.buffer import manifest as manifest_module
 from usae_probe.errors import (
     BufferIntegrityError,
     BufferMismatchError,
@@ -292,6 +291,16 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_lost(tmp_path: Path)
     assert ActivationBuffer(tmp_path).read("train").values[VIT].max() == 65504.0
 
 
+def test_rows_that_lie_below_what_float16_resolves_are_refused(tmp_path: Path) -> None:
+    writer, plan, rows = open_shard_of(tmp_path, make_spec())
+    faint = {**rows, VIT: np.full_like(rows[VIT], 1e-5)}  # LayerScale of an untrained ViT, say; zeros alone are fine
+    with pytest.raises(KeyboardInterrupt), writer.shard(plan) as shard:  # noqa: PT012
+        with pytest.raises(PrecisionError, match=r"no value of these \d+ rows is above 1e-05"):
+            shard.append(plan.images, faint)
+        shard.append(plan.images, {**rows, VIT: np.zeros_like(rows[VIT])})
+        raise KeyboardInterrupt
+
+
 def test_float32_holds_1e6_but_not_1e39(tmp_path: Path) -> None:
     writer, plan, rows = open_shard_of(tmp_path, make_spec(dtype="float32"))
     rows[VIT][0, 0] = 1e6
@@ -391,7 +400,7 @@ def test_a_disk_that_fails_while_sealing_loses_nothing(
         return run
 
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(manifest_module.os, name, failing(getattr(os, name)))
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
     with pytest.raises(UsaeProbeError, match=r"shard-00001\.h5 .*no space left"):
         fill(writer, writer.pending()[0])
     assert not list((tmp_path / "acts").glob("*.tmp"))

@@ -12,6 +12,7 @@ and `usae_probe.errors`, nothing else of `usae_probe`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import nn
 
-from .errors import AdapterError, ConfigError, UnknownAdapterError, UsageError, nearest
+from .errors import AdapterError, ConfigError, UnknownAdapterError, UsaeProbeWarning, UsageError, nearest
 from .hooks import HookedModel, LayoutRule
 from .images import OpaqueTransform, Preprocessing
 
@@ -177,6 +178,11 @@ def attach(
         tiny/layer4 512
     """
     if isinstance(target, nn.Module):
+        if adapter is not None or checkpoint is not None or options:
+            raise UsageError(
+                "adapter, checkpoint and options are for models given by name, but a live module was given",
+                hint="load weights into the module before attaching to it",
+            )
         loaded = _adopt(target)
         name = name or type(target).__name__.lower()
         placed = _placed(target, device, dtype)
@@ -219,6 +225,10 @@ def _adopt(module: nn.Module) -> LoadedModel:
             loaded = load_adapter(name).adopt(module)
         except AdapterError:
             continue  # a broken plug-in must not stand between a user and a live model
+        except Exception as error:
+            text = f"adapter '{name}' failed on {type(module).__name__} and is left out: {error!r}"
+            warnings.warn(text, UsaeProbeWarning, stacklevel=3)
+            continue
         if loaded is not None:
             return loaded
     return LoadedModel(module)

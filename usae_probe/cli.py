@@ -102,13 +102,11 @@ def layers(
 ) -> None:
     """List a model's layers in execution order (its weights are not needed and not loaded)."""
     with _guard(as_json):
-        from rich.console import Group
-
-        from .report.terminal import layer_table
+        from .report.terminal import layer_tables
 
         found = dict(_hooked_layers(model, option or [], image_size))
         data = {name: [_layer_dict(info) for info in infos] for name, infos in found.items()}
-        _show(as_json, {"models": data}, lambda: Group(*(layer_table(name, infos) for name, infos in found.items())))
+        _show(as_json, {"models": data}, lambda: layer_tables(found))
 
 
 def _hooked_layers(model: str, option: list[str], image_size: int | None) -> Iterator[tuple[str, list[Any]]]:
@@ -188,13 +186,9 @@ def _run_stages(config: RunConfig, folder: Path, as_json: bool, stages: tuple[St
 
 
 def _summary(result: RunResult, files: dict[str, Path], note: str) -> Any:
-    from rich.text import Text
+    from .report.terminal import file_table, run_summary
 
-    from .report.terminal import run_summary
-
-    if result.metrics is None:
-        return Text(f"results in {result.folder}")
-    return run_summary(result.metrics, files, note)
+    return file_table(files) if result.metrics is None else run_summary(result.metrics, files, note)
 
 
 def _files(folder: Path) -> dict[str, Path]:

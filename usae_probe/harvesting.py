@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,4 +158,7 @@ def _is_source(images: Any) -> bool:
 
 def _describe_preprocessing(model: HookedModel) -> dict[str, Any]:
     describe = getattr(model.preprocess, "to_dict", None)
-    return dict(describe()) if describe else {"opaque": repr(model.preprocess)}
+    described = dict(describe()) if describe else {"opaque": repr(model.preprocess)}
+    if "opaque" in described:  # memory addresses differ in every process: an interrupted harvest could not go on
+        described["opaque"] = re.sub(r" at 0x[0-9a-fA-F]+", "", described["opaque"])
+    return described

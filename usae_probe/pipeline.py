@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -150,7 +151,7 @@ class Run:
 
             def keep(record: StepRecord) -> None:
                 if record.step % self.config.train.log_every == 0 or record.r2 is not None:
-                    history.write(json.dumps(asdict(record)) + "\n")
+                    history.write(json.dumps(_finite(asdict(record)), allow_nan=False) + "\n")
                 self._progress(Progress("train", record.step, record.steps, "steps", _training_note(record)))
 
             usae = train(
@@ -302,6 +303,13 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield package, version(package)
         except PackageNotFoundError:
             continue
+
+
+def _finite(value: Any) -> Any:
+    """Put null where a number is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -47,7 +47,7 @@ def _create(spec: ModelSpec) -> nn.Module:
     except TypeError as error:
         raise UsageError(f"timm model '{spec.name}' does not take options {dict(spec.options)}: {error}") from error
     except Exception as error:
-        if not spec.pretrained:
+        if not spec.pretrained or "Invalid pretrained tag" in str(error):
             raise UsageError(f"timm cannot build '{spec.name}' with options {dict(spec.options)}: {error}") from error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise AdapterError(
@@ -73,17 +73,22 @@ def _described(module: nn.Module) -> LoadedModel:
     )
 
 
-def timm_layouts(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+def timm_layouts(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout | None]:
     """Say what the outputs of a timm model's layers mean.
 
     Prefix tokens are a fact of the layer: a layer has the model's prefix tokens if its output is longer than the
     patch embedding's by just that number, and consists of them alone if it is that long; otherwise it is unknown.
+    Where patches are a flat list, what has three axes behind it is no map but heads of attention.
     """
     parts = dict(module.named_modules())
     prefix, patches = int(getattr(module, "num_prefix_tokens", 0) or 0), _patches(shapes)
     has_cls = bool(getattr(module, "has_class_token", prefix > 0))
-    layouts: dict[str, Layout] = {}
+    flat = len(shapes.get("patch_embed", ())) == 2
+    layouts: dict[str, Layout | None] = {}
     for name, shape in shapes.items():
+        if flat and len(shape) == 3 and not name.startswith("patch_embed."):
+            layouts[name] = None
+            continue
         layout = default_layout(parts[name], shape, maps_are=_map_format(parts[name], module))
         if layout is not None and layout.kind == "tokens" and patches is not None:
             layout = _tokens(shape[0], prefix, patches, has_cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,14 +27,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint '{path}' cannot be read: {error}",
+            f"checkpoint '{path}' cannot be read: {_reason(error)}",
             hint="expected .safetensors, or a .pth that holds only weights",
         ) from error
     for key in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    tensors = {str(key): value for key, value in dict(state).items() if isinstance(value, Tensor)}
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"checkpoint '{path}' holds a {type(state).__name__}, expected tensors by name")
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"checkpoint '{path}' holds no tensors")
     return {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -61,6 +64,14 @@ def load_checkpoint(module: nn.Module, path: Path, *, model: str) -> None:
             hint="check the model's name and options (num_classes, img_size)",
         )
     module.load_state_dict(given, strict=False)
+
+
+def _reason(error: Exception) -> str:
+    """One line of torch's page of advice, which ends in how to load a pickle with code in it: we never do."""
+    unpickling = re.search(r"Unsupported [^\n.]*(\.\w+)*", str(error))
+    if unpickling:
+        return f"it holds more than weights ({unpickling[0]})"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _listed(what: str, keys: list[str]) -> list[str]:

@@ -24,7 +24,8 @@ def as_stored(
 
     Raises:
         NonFiniteError: for NaN or infinity.
-        PrecisionError: for a finite value that `dtype` would turn into infinity.
+        PrecisionError: for a finite value that `dtype` would turn into infinity, or rows that all lie below its
+            smallest normal number.
     """
     bad = ~np.isfinite(values)
     if bad.any():
@@ -37,6 +38,12 @@ def as_stored(
         )
     with np.errstate(over="ignore"):  # the check below names the value
         stored = values.astype(STORED[dtype])
+    largest = float(np.abs(values).max(initial=0.0))
+    if 0.0 < largest < float(np.finfo(stored.dtype).tiny):
+        raise PrecisionError(
+            f"{spec.site}: no value of these {len(values)} rows is above {largest:.3g}; {dtype} loses them",
+            hint='set [buffer] dtype = "float32"' if dtype == "float16" else "scale the activations up",
+        )
     lost = ~np.isfinite(stored)
     if lost.any():
         row, column = _first(lost)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BufferIntegrityError, BufferMismatchError
+from ..files import publish
 from ..split import SplitName
 from .moments import Moments
 from .spec import BufferSpec
@@ -145,22 +145,6 @@ class Manifest:
             f"the buffer {folder} was made from something else than what is asked for:\n  " + "\n  ".join(lines),
             hint="write to another folder, or delete this one to harvest again",
         )
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished file its name so that, after a crash at any moment, `final` is whole or not there.
-
-    The order matters: bytes to disk, then the name, then the folder that holds the name.
-    """
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BufferIntegrityError, StageError, UsaeProbeError, UsageError
-from .manifest import MANIFEST, TEMPORARY, Manifest, ShardEntry, publish
+from ..files import publish
+from .manifest import MANIFEST, TEMPORARY, Manifest, ShardEntry
 from .moments import Moments
 from .open_shard import OpenShard
 from .shard import demand_present, write_shard

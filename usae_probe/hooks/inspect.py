@@ -21,7 +21,8 @@ class LayerInfo:
     Attributes:
         name: dotted module path as `named_modules()` spells it.
         kind: class of the module.
-        output_shape: shape of its output without the batch axis; None when it outputs no single tensor or never runs.
+        output_shape: shape of its output without the batch axis; None when it outputs no single tensor, one that does
+            not begin with the batch (windows of all pictures, say), or never runs.
         order: position at which its (first) output is complete in a forward pass; None when it never runs.
         calls: how often it runs in one forward pass.
         parameters: number of parameters in it and below.
@@ -98,7 +99,7 @@ def dry_run(module: nn.Module, example: Tensor, rule: LayoutRule | None) -> list
     def record(part: nn.Module, _args: Any, output: Any) -> None:
         before = seen.get(id(part))
         if before is None:
-            seen[id(part)] = _Seen(len(seen), 1, _shape(output))
+            seen[id(part)] = _Seen(len(seen), 1, _shape(output, len(example)))
         else:
             before.calls += 1
 
@@ -126,7 +127,7 @@ def _describe(
         names.setdefault(id(part), []).append(name)
     found = {name: seen[id(part)] for name, part in parts.items() if name and id(part) in seen}
     shapes = {name: entry.shape for name, entry in found.items() if entry.shape is not None}
-    layouts = {name: default_layout(parts[name], shape) for name, shape in shapes.items()}
+    layouts: dict[str, Layout | None] = {name: default_layout(parts[name], shape) for name, shape in shapes.items()}
     layouts.update(rule(module, shapes) if rule else {})
     infos = [
         LayerInfo(
@@ -145,9 +146,9 @@ def _describe(
     return sorted(infos, key=lambda info: (info.order is None, info.order or 0))
 
 
-def _shape(output: Any) -> tuple[int, ...] | None:
+def _shape(output: Any, batch: int) -> tuple[int, ...] | None:
     try:
         tensor = the_tensor(output, "")
     except NotBuiltError:
         return None
-    return tuple(tensor.shape[1:]) if tensor.dim() > 1 else None
+    return tuple(tensor.shape[1:]) if tensor.dim() > 1 and len(tensor) == batch else None

@@ -38,8 +38,9 @@ class Layout:
         return "tokens" if self.prefix is None else f"{self.prefix}+tokens"
 
 
-LayoutRule = Callable[[nn.Module, Mapping[str, tuple[int, ...]]], Mapping[str, Layout]]
-"""(model, output shape of each layer with the batch axis left out) -> layouts the adapter is sure of."""
+LayoutRule = Callable[[nn.Module, Mapping[str, tuple[int, ...]]], Mapping[str, Layout | None]]
+"""(model, output shape of each layer with the batch axis left out) -> layouts the adapter is sure of; None for a layer
+whose output is none of them."""
 
 
 def default_layout(

@@ -21,8 +21,7 @@ from ..sites import Site, check_model_name
 from .inspect import LayerInfo, dry_run, evaluating, the_tensor
 from .layout import LayoutRule, d_in, require_policy
 from .tokens import to_rows
-
-_ABSENT = object()
+from .wrapping import Wrapping
 
 
 class _Target(NamedTuple):
@@ -69,7 +68,7 @@ class HookedModel:
         self._lock = threading.Lock()
         self._root: Any = None
         self._closed = False
-        self._before: list[tuple[nn.Module, Any, Any]] = []
+        self._wrapping: Wrapping | None = None
         grey = torch.full((3, 224, 224), 128, dtype=torch.uint8)
         self._layers = dry_run(module, self._place(preprocess([grey]) if example is None else example), layout_rule)
         self._by_name = {name: info for info in self._layers for name in (info.name, *info.aliases)}
@@ -155,10 +154,9 @@ class HookedModel:
     def close(self) -> None:
         """Take the wrapping off: every module's `__dict__` is as it was before. Safe to call twice."""
         with self._lock:
-            for part, forward, state in self._before:
-                _restore(part, "forward", forward)
-                _restore(part, "__nnsight__", state)
-            self._before, self._root, self._closed = [], None, True
+            if self._wrapping is not None:
+                self._wrapping.remove()
+            self._wrapping, self._root, self._closed = None, None, True
 
     def __enter__(self) -> Self:
         return self
@@ -193,10 +191,7 @@ class HookedModel:
         if self._closed:
             raise UsaeProbeError(f"hooked model '{self.name}' is closed", hint="attach the model again")
         if self._root is None:
-            self._before = [
-                (part, part.__dict__.get("forward", _ABSENT), part.__dict__.get("__nnsight__", _ABSENT))
-                for part in self.module.modules()
-            ]
+            self._wrapping = Wrapping(self.module)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about child names that collide; we never go by name
                 self._root = nnsight.NNsight(self.module)
@@ -210,7 +205,8 @@ class HookedModel:
         if not any(sign in pattern for sign in "*?"):
             return [self._runnable(pattern).name]
         regex = _glob(pattern)
-        names = [info.name for info in self._layers if info.output_shape and regex.fullmatch(info.name)]
+        usable = [info for info in self._layers if info.output_shape and info.calls == 1]
+        names = [info.name for info in usable if regex.fullmatch(info.name)]
         if not names:
             raise UnknownLayerError(
                 f"no layer of model '{self.name}' matches '{pattern}'", hint=self._list_hint(pattern.replace("*", "0"))
@@ -235,9 +231,9 @@ class HookedModel:
         info = self._runnable(site.layer)
         if info.output_shape is None:
             raise NotBuiltError(
-                f"layer '{site.layer}' of model '{self.name}' outputs no single tensor; choosing an element is not "
-                "built yet",
-                hint="take a layer inside or after it that outputs one tensor",
+                f"layer '{site.layer}' of model '{self.name}' outputs no single tensor that begins with the batch; "
+                "choosing an element is not built yet",
+                hint="take a layer inside, around or after it that outputs one tensor with a row of axes per image",
             )
         if info.layout is None:
             raise NotBuiltError(
@@ -249,13 +245,6 @@ class HookedModel:
     def _list_hint(self, name: str) -> str:
         close = nearest(name, self._by_name)
         return f"{close} `usae-probe layers` lists them".strip()
-
-
-def _restore(part: nn.Module, key: str, value: Any) -> None:
-    if value is _ABSENT:
-        part.__dict__.pop(key, None)
-    else:
-        part.__dict__[key] = value
 
 
 def _glob(pattern: str) -> re.Pattern[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,9 @@ def _heat_map(axis: Axes, matrix: Matrix, sites: Sequence[str]) -> None:
     axis.set_yticks(range(len(sites)), sites, fontsize=8)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.3f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+            dark = value <= 0.6  # not so for NaN, which has no colour of its own: black on the white ground
+            text = f"{value:.3f}" if math.isfinite(value) else "–"
+            axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
 
 
 def _cycle(n: int) -> list[str]:

@@ -86,11 +86,15 @@ def seconds(value: float) -> str:
 def run_summary(metrics: Mapping[str, Any], files: Mapping[str, Path], note: str = "") -> RenderableType:
     """Return the closing screen of a run: R² matrix, classes of the latents, where the files are."""
     parts: list[RenderableType] = [Text(note, style="yellow")] if note else []
-    parts += [_r2_table(metrics), _class_table(metrics)]
+    return Group(*parts, _r2_table(metrics), _class_table(metrics), file_table(files))
+
+
+def file_table(files: Mapping[str, Path]) -> Table:
+    """Return where a run's results are."""
     where = Table.grid(padding=(0, 2))
     for name, path in files.items():
         where.add_row(name, escape(str(path)))
-    return Group(*parts, where)
+    return where
 
 
 def _r2_table(metrics: Mapping[str, Any]) -> Table:
@@ -127,8 +131,12 @@ def _class_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def layer_table(name: str, layers: Iterable[LayerInfo]) -> Table:
-    """Return the layers of a model as a table, in execution order."""
+def layer_tables(models: Mapping[str, Iterable[LayerInfo]]) -> Group:
+    """Return the layers of each model as a table, in execution order."""
+    return Group(*(_layer_table(name, layers) for name, layers in models.items()))
+
+
+def _layer_table(name: str, layers: Iterable[LayerInfo]) -> Table:
     table = Table(title=escape(name), title_justify="left")
     for column, justify in (("layer", "left"), ("kind", "left"), ("output", "right"), ("layout", "left")):
         table.add_column(column, justify=justify, no_wrap=column == "layer")  # type: ignore[arg-type]
@@ -137,7 +145,7 @@ def layer_table(name: str, layers: Iterable[LayerInfo]) -> Table:
         shape = "×".join(map(str, info.output_shape)) if info.output_shape else "–"
         calls = "never runs" if info.order is None else f"runs {info.calls}×" if info.calls > 1 else ""
         layout = calls or (str(info.layout) if info.layout else "–")
-        table.add_row(escape(info.name), info.kind, shape, layout, f"{info.parameters:,}")
+        table.add_row(escape(info.name), escape(info.kind), shape, layout, f"{info.parameters:,}")
     return table
 
 
@@ -147,7 +155,7 @@ def adapter_table(rows: Sequence[Mapping[str, str]]) -> Table:
     for column in ("adapter", "from", "version", "state"):
         table.add_column(column)
     for row in rows:
-        table.add_row(row["name"], escape(row["distribution"]), row["version"], escape(row["state"]))
+        table.add_row(*(escape(row[key]) for key in ("name", "distribution", "version", "state")))
     return table
 
 

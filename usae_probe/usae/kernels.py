@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -74,6 +74,7 @@ class Support:
         return _csr(pointers, columns, values.reshape(-1)[order], (self.n_latents, len(values)))
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """The three operations a USAE is made of."""
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -182,7 +182,7 @@ class USAE(nn.Module):
         save_usae(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Self:
+    def load(cls, path: str | Path, **overrides: Any) -> USAE:
         """Read what `save` wrote.
 
         Raises:

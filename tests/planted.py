@@ -1,0 +1,104 @@
+"""Planted worlds: rows made of known atoms, so that what a USAE should find is known.
+
+Two models see the same images. Each image has 6 of 128 *shared* concepts, present in both models (as another direction
+in each, with the same strength), and in each model 2 of its own 64 *private* concepts. A row is
+
+    x_i = Σ_shared c_s a_s^i + Σ_private c_p b_p^i + noise,   c ~ U(.5, 1.5), ‖a‖ = ‖b‖ = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from usae_probe.probes import UniversalityReport
+from usae_probe.usae import USAE
+
+SITES = {"left/layer": 96, "right/layer": 128}
+
+
+class World(NamedTuple):
+    """Rows by site, and the atoms that they are made of: [n_shared, d] and [n_private, d] by site."""
+
+    rows: dict[str, np.ndarray]
+    shared: dict[str, np.ndarray]
+    private: dict[str, np.ndarray]
+
+
+class Found(NamedTuple):
+    """How much of a planted world a USAE found, as shares.
+
+    Attributes:
+        recall: shared atoms for which ONE latent has cosine ≥ .9 in BOTH decoders.
+        universal: of those, with such a latent classed `universal` on held-out rows.
+        private: by site, private atoms with a latent of cosine ≥ .9 there that has ≥ .9 of its fires there.
+        n_universal, n_split: latents classed `universal`, and marked split.
+        r2: R²[source][target] on held-out rows.
+    """
+
+    recall: float
+    universal: float
+    private: dict[str, float]
+    n_universal: int
+    n_split: int
+    r2: dict[str, dict[str, float]]
+
+
+def planted_world(
+    seed: int,
+    *,
+    n: int = 20_000,
+    sites: Mapping[str, int] = SITES,
+    n_shared: int = 128,
+    n_private: int = 64,
+    active_shared: int = 6,
+    active_private: int = 2,
+    noise: float = 0.02,
+) -> World:
+    """Draw a world and n rows of it."""
+    rng = np.random.default_rng(seed)
+    shared = {site: _unit(rng.normal(size=(n_shared, d))) for site, d in sites.items()}
+    private = {site: _unit(rng.normal(size=(n_private, d))) for site, d in sites.items()}
+    common = _strengths(rng, n, n_shared, active_shared)
+    rows = {}
+    for site, d in sites.items():
+        own = _strengths(rng, n, n_private, active_private)
+        rows[site] = common @ shared[site] + own @ private[site] + noise * rng.normal(size=(n, d))
+    return World({site: values.astype(np.float32) for site, values in rows.items()}, shared, private)
+
+
+def found(world: World, usae: USAE, report: UniversalityReport, *, cosine: float = 0.9, own: float = 0.9) -> Found:
+    """Compare a USAE and its report with the world that its rows were made of."""
+    decoders = {site: _unit(usae.decoder(site).detach().double().numpy()) for site in usae.sites}
+    both = np.min([world.shared[site] @ decoders[site].T for site in usae.sites], axis=0) >= cosine
+    universal = np.array([record.category == "universal" for record in report.latents])
+    fires = {site: np.array([record.fires[site] for record in report.latents]) for site in usae.sites}
+    in_all = np.maximum(sum(fires.values()), 1)
+    recalled = both.any(1)
+    return Found(
+        recall=float(recalled.mean()),
+        universal=float(both[:, universal].any(1)[recalled].mean()) if recalled.any() else 0.0,
+        private={
+            site: float(
+                ((world.private[site] @ decoders[site].T >= cosine) & (fires[site] / in_all >= own)).any(1).mean()
+            )
+            for site in usae.sites
+        },
+        n_universal=int(universal.sum()),
+        n_split=report.n_split,
+        r2=report.r2,
+    )
+
+
+def _strengths(rng: np.random.Generator, n: int, atoms: int, active: int) -> np.ndarray:
+    """Return [n, atoms]: `active` of them in every row, U(.5, 1.5), else 0."""
+    strengths = np.zeros((n, atoms))
+    chosen = np.argpartition(rng.random((n, atoms)), active, axis=1)[:, :active]
+    np.put_along_axis(strengths, chosen, rng.uniform(0.5, 1.5, size=chosen.shape), axis=1)
+    return strengths
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
