@@ -48,7 +48,8 @@ def largest(z_pre: Tensor, k: int) -> Tensor:
     """Which entries of each row are among its k largest, [b, n] bool."""
     mask = torch.zeros_like(z_pre, dtype=torch.bool)
     for row in range(len(z_pre)):
-        ranked = sorted(range(z_pre.shape[1]), key=lambda latent: -float(z_pre[row, latent]))
+        numbers = z_pre[row].tolist()
+        ranked = sorted(range(len(numbers)), key=lambda latent: -numbers[latent])
         mask[row, ranked[:k]] = True
     return mask
 
@@ -110,9 +111,7 @@ def dense_codes(usae: USAE, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return codes
 
 
-def r2(
-    usae: USAE, rows: Mapping[str, np.ndarray], *, about: str = "dimension"
-) -> dict[str, dict[str, float]]:
+def r2(usae: USAE, rows: Mapping[str, np.ndarray], *, about: str = "dimension") -> dict[str, dict[str, float]]:
     """1 − SSE/SST per source and target, in raw units; SST about the per-dimension mean or one `scalar` mean."""
     p, codes, result = Parameters.of(usae), dense_codes(usae, rows), {}
     for source in usae.sites:
@@ -186,7 +185,8 @@ def categories(
     pairs = list(combinations(sites, 2))
     fires = [{site: int(fired[site][:, k].sum()) for site in sites} for k in range(n)]
     within = [
-        [s for s in sites if fires[k][s] >= min_fires and fires[k][s] / max(fires[k].values()) >= ratio] for k in range(n)
+        [s for s in sites if fires[k][s] >= min_fires and fires[k][s] / max(fires[k].values()) >= ratio]
+        for k in range(n)
     ]
     p = {
         (k, a, b): chance_p(fires[k][a], fires[k][b], int((fired[a][:, k] & fired[b][:, k]).sum()), n_rows)

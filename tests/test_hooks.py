@@ -61,7 +61,17 @@ def plain(module: nn.Module, batch: Tensor, names: list[str], *, clone: bool = T
         part.training = flag
     for handle in handles:
         handle.remove()
-    return kept
+    return {name: kept[name] for name in names}
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """An untrained timm model; timm's blocks begin as the identity (their last norm is zero), these do not."""
+    module = timm.create_model(name, **options).eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    return module
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -88,7 +98,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layers"),
     [
-        ("test_resnet", ["bn1", "layer1.0.bn2", "layer2.0.bn3", "layer1.0.act1", "maxpool"]),
+        ("test_resnet", ["bn1", "layer1.0.bn2", "layer3.0.bn3", "layer1.0.act1", "maxpool"]),
         ("resnet10t", ["bn1", "layer1.0.bn2", "layer4"]),
         ("resnet18", ["bn1", "layer1.0.bn2", "layer3"]),
         ("dla46_c", ["level2.root", "level2.root.bn", "level5.root", "base_layer", "fc"]),
@@ -96,7 +106,7 @@ class Net(nn.Module):
     ],
 )
 def test_captures_equal_plain_cloned_hooks_bit_for_bit(model: str, layers: list[str]) -> None:
-    module = timm.create_model(model).eval()
+    module = create(model)
     batch = pictures() if model != "test_vit" else pictures(size=160)
     with torch.no_grad():
         expected = plain(module, batch, layers)
@@ -107,7 +117,7 @@ def test_captures_equal_plain_cloned_hooks_bit_for_bit(model: str, layers: list[
 
 def test_in_place_relu_and_addition_follow_and_do_not_show() -> None:
     """The layers above are the hard ones: without a clone, plain hooks see something else."""
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     layers = ["bn1", "layer1.0.bn2"]
     with torch.no_grad():
         overwritten = plain(module, pictures(), layers, clone=False)
@@ -118,7 +128,7 @@ def test_in_place_relu_and_addition_follow_and_do_not_show() -> None:
 
 
 def test_any_order_and_duplicates() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     order = ["layer4", "bn1", "layer2", "bn1", "layer1.0.bn1", "layer4"]
     with torch.no_grad():
         expected = plain(module, pictures(), list(dict.fromkeys(order)))
@@ -130,7 +140,7 @@ def test_any_order_and_duplicates() -> None:
 
 
 def test_rows_in_the_order_of_the_sites_whatever_the_order_of_execution() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     with hook(module, "layer4", "layer1.0.bn2", "layer2@mean") as hooked:
         assert [str(site) for site in hooked.sites] == ["m/layer4", "m/layer1.0.bn2", "m/layer2@mean"]
         rows, raw = hooked.rows(pictures()), hooked.capture(pictures(), ["layer4", "layer1.0.bn2", "layer2"])
@@ -143,7 +153,7 @@ def test_rows_in_the_order_of_the_sites_whatever_the_order_of_execution() -> Non
 
 
 def test_training_mode_is_put_aside_and_given_back_module_by_module() -> None:
-    module = timm.create_model("test_resnet", drop_rate=0.5).train()
+    module = create("test_resnet", drop_rate=0.5).train()
     module.layer1.eval()
     module.bn1.eval()
     flags = {name: part.training for name, part in module.named_modules()}
@@ -172,7 +182,7 @@ def test_outputs_without_gradient_can_be_trained_on() -> None:
 
 
 def test_gradients_to_the_pixels_equal_those_of_plain_hooks() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     layers = ["bn1", "layer3"]
     weights = {"bn1": 1.0, "layer3": -3.0}
 
@@ -194,7 +204,7 @@ def test_gradients_to_the_pixels_equal_those_of_plain_hooks() -> None:
 
 
 def test_the_forward_pass_ends_after_the_last_layer_wanted() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     hooked = hook(module)
     calls = dict.fromkeys(["layer1", "layer2", "layer4", "fc"], 0)
 
@@ -228,7 +238,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 
 def test_close_leaves_the_model_as_it_was() -> None:
-    module = timm.create_model("test_resnet").train()
+    module = create("test_resnet").train()
     module.layer3.eval()
     module.register_forward_hook(lambda *_: None)
     module.layer1.forward = module.layer1.forward  # somebody else's patch, an instance attribute
@@ -246,11 +256,17 @@ def test_close_leaves_the_model_as_it_was() -> None:
 
 
 def test_leaving_the_block_by_an_exception_closes() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     before = state_of(module)
-    with pytest.raises(ZeroDivisionError), hook(module, "layer1") as hooked:
-        hooked.rows(pictures())
-        raise ZeroDivisionError
+    hooked = hook(module, "layer1")
+
+    def leave() -> None:
+        with hooked:
+            hooked.rows(pictures())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        leave()
     assert state_of(module) == before
     with pytest.raises(UsaeProbeError, match="hooked model 'm' is closed"):
         hooked.rows(pictures())
@@ -297,7 +313,7 @@ def test_a_dry_run_that_fails_leaves_nothing_behind_and_says_what_was_given() ->
 
 
 def test_two_hooked_models_on_one_module_in_any_order_of_closing() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     before = state_of(module)
     first, second = hook(module, "layer1", name="a"), hook(module, "bn1", name="b")
     expected = first.rows(pictures())
@@ -410,7 +426,7 @@ def test_one_tensor_in_a_tuple_or_dict_is_taken(odd: HookedModel) -> None:
 
 
 def test_several_tensors_are_refused_with_what_there_is(odd: HookedModel) -> None:
-    with pytest.raises(NotBuiltError, match="layer 'two' outputs tuple with #0 .2, 4, 16, 16., #1 .2, 4, 16, 16."):
+    with pytest.raises(NotBuiltError, match=r"layer 'two' outputs tuple with #0 \[2, 4, 16, 16\], #1 \[2, 4,"):
         odd.capture(pictures(), ["two"])
     for layer in ("two", "scalar"):
         with pytest.raises(NotBuiltError, match=f"layer '{layer}' of model 'm' outputs no single tensor"):
@@ -429,11 +445,11 @@ def test_a_layer_that_never_runs_is_refused(odd: HookedModel) -> None:
 
 
 def test_an_unknown_layer_lists_the_nearest() -> None:
-    with hook(timm.create_model("test_resnet").eval()) as hooked:
+    with hook(create("test_resnet")) as hooked:
         with pytest.raises(UnknownLayerError, match="model 'm' has no layer 'layer5'") as caught:
             hooked.capture(pictures(), ["layer5"])
         assert "'layer4'" in caught.value.hint
-        with pytest.raises(UnknownLayerError, match="no layer of model 'm' matches 'layer9.\\*'"):
+        with pytest.raises(UnknownLayerError, match=r"no layer of model 'm' matches 'layer9\.\*'"):
             hooked.expand(["layer9.*"])
 
 
@@ -448,7 +464,7 @@ def test_a_star_stays_within_a_dot_and_two_stars_do_not() -> None:
     def layers(hooked: HookedModel, pattern: str) -> list[str]:
         return [site.layer for site in hooked.expand([pattern])]
 
-    with hook(timm.create_model("test_resnet").eval()) as hooked:
+    with hook(create("test_resnet")) as hooked:
         order = [info.name for info in hooked.layers()]
         assert layers(hooked, "layer*") == ["layer1", "layer2", "layer3", "layer4"]
         assert layers(hooked, "layer1.*") == ["layer1.0"]
@@ -456,12 +472,12 @@ def test_a_star_stays_within_a_dot_and_two_stars_do_not() -> None:
         assert layers(hooked, "layer1.**") == [name for name in order if name.startswith("layer1.")]
         assert layers(hooked, "**.bn1") == [name for name in order if name.endswith(".bn1")]
         assert layers(hooked, "*") == [name for name in order if "." not in name]
-        assert [str(site) for site in hooked.expand(["layer[12]", "layer1@mean"][1:])] == ["m/layer1@mean"]
+        assert [str(site) for site in hooked.expand(["layer*.0.bn2@mean"])][:1] == ["m/layer1.0.bn2@mean"]
         assert [site.layer for site in hooked.expand(["layer4", "layer*"])] == ["layer4", "layer1", "layer2", "layer3"]
 
 
 def test_globs_pass_over_what_cannot_be_one_site(odd: HookedModel) -> None:
-    assert [site.layer for site in odd.expand(["*"])] == "conv one named pool flat fc output".split()
+    assert [site.layer for site in odd.expand(["*"])] == ["conv", "one", "named", "pool", "flat", "fc", "output"]
 
 
 @pytest.mark.parametrize("layer", ["conv~0", "two#0", "conv:1", "conv@patch", "conv@all", "*@patch"])
@@ -500,7 +516,7 @@ def test_a_model_in_half_precision_without_parameters_too() -> None:
 
 
 def test_two_models_in_parallel_threads() -> None:
-    modules = [timm.create_model("test_resnet").eval(), timm.create_model("resnet10t").eval()]
+    modules = [create("test_resnet"), create("resnet10t")]
     models = [hook(module, name=f"m{i}") for i, module in enumerate(modules)]
     layers = ["layer1.0.bn2", "layer4"]
     batches = [pictures(seed=seed) for seed in range(6)]
@@ -521,7 +537,7 @@ def test_two_models_in_parallel_threads() -> None:
 
 
 def test_one_model_from_two_threads_takes_turns() -> None:
-    module = timm.create_model("test_resnet").eval()
+    module = create("test_resnet")
     batches = [pictures(seed=seed) for seed in range(12)]
     with torch.no_grad():
         expected = [plain(module, batch, ["layer2", "layer1.0.bn2"]) for batch in batches]

@@ -128,7 +128,10 @@ class TestSpecialInputs:
         found = kernel.decode(mine, Support(case.indices, 8), case.w_dec)
         expected = oracles.decode(theirs, case.indices, case.w_dec)
         torch.testing.assert_close(found, expected)
-        grads = [torch.autograd.grad((out * case.grad_x_hat).sum(), leaf) for out, leaf in ((found, mine), (expected, theirs))]
+        grads = [
+            torch.autograd.grad((out * case.grad_x_hat).sum(), leaf)
+            for out, leaf in ((found, mine), (expected, theirs))
+        ]
         torch.testing.assert_close(*grads)
         assert grads[0][0][:, 0].any()  # a stored zero still has a gradient
 

@@ -105,12 +105,13 @@ def test_nearest_equals_pillow(size: int):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
 @pytest.mark.parametrize("image_size", [(96, 96), (64, 96), (97, 51), (33, 33)])
-@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
-def test_whole_pipeline_equals_timms(image_size: tuple[int, int], crop_pct: float, interpolation: str):
-    theirs = create_transform(
-        (3, *image_size), is_training=False, interpolation=interpolation, mean=MEAN, std=STD, crop_pct=crop_pct
-    )
-    ours = Preprocessing(image_size, MEAN, STD, interpolation, crop_pct)
+@pytest.mark.parametrize(
+    ("crop_pct", "crop_mode"), [(1.0, "center"), (0.875, "center"), (0.9, "center"), (0.9, "squash")]
+)
+def test_whole_pipeline_equals_timms(image_size: tuple[int, int], crop_pct: float, crop_mode: str, interpolation: str):
+    how = {"interpolation": interpolation, "mean": MEAN, "std": STD, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    theirs = create_transform((3, *image_size), is_training=False, **how)
+    ours = Preprocessing(image_size, **how)
     pictures = [smooth_picture(h, w, seed=h) for h, w in [(120, 90), (90, 121), (64, 64), (40, 201), (333, 50)]]
     found = ours([to_tensor(p) for p in pictures])
     expected = torch.stack([theirs(Image.fromarray(p)) for p in pictures])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -73,6 +73,7 @@ class LoadedModel(NamedTuple):
     layout_rule: LayoutRule | None = None
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """Builds live models from names, and recognises live models of its library."""
 
@@ -238,11 +239,22 @@ def _placed(module: nn.Module, device: str | None, dtype: str | None) -> nn.Modu
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device is not None:
-        try:
-            module = module.to(torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device '{device}' cannot be used: {error}", hint="auto, cpu, cuda or cuda:1") from error
+        check_device(device)
+        module = module.to(torch.device(device))
     return module if dtype is None else module.to(getattr(torch, dtype))
+
+
+def check_device(device: str) -> None:
+    """Check that tensors can be put there; `auto` always can.
+
+    Raises:
+        UsageError: for a device that torch does not know, or that this machine does not have.
+    """
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"device '{device}' cannot be used: {reason}", hint="auto, cpu, cuda or cuda:1") from error
 
 
 def _preprocessing(name: str, known: Preprocessing | None, given: dict[str, Any]) -> Preprocessing:

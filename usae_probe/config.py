@@ -15,6 +15,7 @@ from .errors import ConfigError, nearest
 from .sites import Site, check_model_name
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)$")]
 T = TypeVar("T", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
@@ -43,7 +44,7 @@ class ModelConfig(_Table):
         None, description="default: the model's own"
     )
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="share kept by the centre crop")
-    device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
+    device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype of the forward pass")
 
 
@@ -102,7 +103,7 @@ class TrainConfig(_Table):
     )
     log_every: int = Field(10, ge=1, description="steps between records of history.jsonl")
     validate_every: int = Field(100, ge=0, description="steps between R² on validation rows; 0: only at the end")
-    device: str = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
+    device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
     seed: int = Field(0, description="seed of initialisation, batches and sources")
 
     @model_validator(mode="after")
@@ -111,7 +112,7 @@ class TrainConfig(_Table):
             raise ValueError(f"both epochs = {self.epochs} and steps = {self.steps} are given: keep one")
         return self
 
-    def n_steps(self, steps_per_epoch: float) -> int:
+    def n_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of this run, given how many one pass over the training rows takes."""
         if self.steps is not None:
             return self.steps

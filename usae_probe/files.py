@@ -52,9 +52,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(data: Mapping[str, Any]) -> str:
+    """Return `data` as indented JSON; NaN and infinity, which JSON does not know, are refused (ValueError)."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Replace `path` by `data` as indented JSON without NaN, atomically."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(data))
 
 
 def sha256(path: Path) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .adapter import attach
+from .adapter import attach, check_device
 from .buffer import ActivationBuffer
+from .buffer.manifest import Manifest
+from .buffer.shard import demand_present
 from .config import RunConfig
 from .errors import BufferIntegrityError, CheckpointError, StageError
 from .files import sha256, write_json, write_text
@@ -25,7 +26,7 @@ from .hooks import HookedModel
 from .images import open_source
 from .probes import UniversalityReport, evaluate, one_site_per_model
 from .report import figures
-from .usae import USAE, StepRecord, train, warn_without_bottleneck
+from .usae import USAE, HistoryFile, StepRecord, read_history, train, warn_without_bottleneck
 
 Stage = Literal["harvest", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = ("harvest", "train", "evaluate")
@@ -110,13 +111,14 @@ class Run:
         )
 
     def _stage(self, stage: Stage) -> StageResult:
-        changed = self._changed(stage)
-        finished = stage in self._record["stages"] and not self._missing(stage)
-        if finished and not changed:
+        changed, missing = self._changed(stage), self._missing(stage)
+        finished = stage in self._record["stages"]
+        if finished and not changed and not missing:
             result = StageResult(stage, kept=True, seconds=0.0)
             self._announce(result)
             return result
-        why = f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''} changed" if finished else ""
+        why = f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''} changed" if changed else missing
+        why = why if finished else ""
         self._announce((stage, why))
         started = time.perf_counter()
         {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate}[stage]()
@@ -127,6 +129,7 @@ class Run:
 
     def _harvest(self) -> None:
         config = self.config
+        check_device(config.train.device)
         with ExitStack() as closing:
             models = [closing.enter_context(self._attach(name)) for name in config.models]
             d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
@@ -147,17 +150,24 @@ class Run:
             )
 
     def _train(self) -> None:
-        with (self._fresh("history.jsonl")).open("w", encoding="utf-8") as history:
+        check_device(self.config.train.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / "training-state.safetensors"
+        with HistoryFile(self.folder / "history.jsonl") as history:
 
-            def keep(record: StepRecord) -> None:
-                if record.step % self.config.train.log_every == 0 or record.r2 is not None:
-                    history.write(json.dumps(_finite(asdict(record)), allow_nan=False) + "\n")
+            def follow(record: StepRecord) -> None:
+                history.add(record, keep=record.is_kept(self.config.train))
                 self._progress(Progress("train", record.step, record.steps, "steps", _training_note(record)))
 
             usae = train(
-                self.buffer(), usae_config=self.config.usae, train_config=self.config.train, progress=keep
+                self.buffer(),
+                usae_config=self.config.usae,
+                train_config=self.config.train,
+                progress=follow,
+                resume=state,
             ).usae
         usae.save(self.folder / "usae.safetensors")
+        state.unlink(missing_ok=True)
 
     def _evaluate(self) -> None:
         report = evaluate(
@@ -171,7 +181,7 @@ class Run:
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
         figures.r2_matrix(report, folder / "r2.png")
-        figures.training_curves(list(self.history()), folder / "training.png")
+        figures.training_curves(list(read_history(self.folder / "history.jsonl")), folder / "training.png")
         self._report = report
 
     def buffer(self) -> ActivationBuffer:
@@ -181,11 +191,6 @@ class Run:
     def usae(self) -> USAE:
         """Load the run's USAE."""
         return USAE.load(self.folder / "usae.safetensors", kernel=self.config.train.kernel)
-
-    def history(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of `history.jsonl`."""
-        for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
 
     def _attach(self, name: str) -> HookedModel:
         given = self.config.models[name].model_dump(exclude={"adapter", "name", "layers"})
@@ -204,7 +209,10 @@ class Run:
         upstream = ("models", "images", "buffer")
         trained = (*upstream, "usae", "train")
         tables: dict[Stage, tuple[str, ...]] = {"harvest": upstream, "train": trained, "evaluate": (*trained, "probes")}
-        return dict(_flatten({table: config[table] for table in tables[stage]}))
+        keys = dict(_flatten({table: config[table] for table in tables[stage]}))
+        for earlier in STAGES[: STAGES.index(stage)]:  # the same keys with other pictures behind them, say
+            keys[f"the {earlier}'s result"] = self._record["results"].get(earlier)
+        return keys
 
     def _changed(self, stage: Stage) -> list[str]:
         before = self._record["stages"].get(stage, {}).get("depends_on", {})
@@ -215,6 +223,7 @@ class Run:
         """Return what is missing of a finished stage's results; empty when all is there."""
         if stage == "harvest":
             try:
+                _demand_shards(self.folder / "buffer")
                 return "" if self.buffer().complete else "the buffer is not complete"
             except BufferIntegrityError as error:
                 return error.message
@@ -222,7 +231,8 @@ class Run:
             "train": ("usae.safetensors", "usae.json", "history.jsonl"),
             "evaluate": ("metrics.json", "latents.csv"),
         }
-        return ", ".join(name for name in names[stage] if not (self.folder / name).is_file())
+        absent = [name for name in names[stage] if not (self.folder / name).is_file()]
+        return f"{', '.join(absent)} not there" if absent else ""
 
     def _require(self, stage: Stage) -> None:
         if stage not in self._record["stages"] or (missing := self._missing(stage)):
@@ -238,10 +248,11 @@ class Run:
             )
 
     def _discard_other_buffer(self, identity: dict[str, Any]) -> None:
-        """Remove a buffer that was made from something else; only called once all that is new has been checked."""
+        """Remove a buffer that is damaged or made from something else; only called once all that is new is checked."""
         folder = self.folder / "buffer"
         try:
             before = ActivationBuffer(folder).identity
+            _demand_shards(folder)
         except BufferIntegrityError:
             if not any(folder.glob("shard-*.h5")):
                 return
@@ -251,10 +262,6 @@ class Run:
             for shard in folder.glob("shard-*.h5"):
                 shard.unlink()
 
-    def _fresh(self, name: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / name
-
     def _finish(self, result: StageResult) -> None:
         self._record["config"] = json.loads(self.config.model_dump_json())
         self._record["versions"] = {"python": platform.python_version(), **dict(_versions())}
@@ -263,8 +270,8 @@ class Run:
             "peak_memory_bytes": peak_memory(),
             "depends_on": self._depends_on(result.stage),
         }
-        if result.stage == "train":
-            self._record["usae_sha256"] = sha256(self.folder / "usae.safetensors")
+        files = {"harvest": "buffer/manifest.json", "train": "usae.safetensors", "evaluate": "metrics.json"}
+        self._record["results"][result.stage] = sha256(self.folder / files[result.stage])
         write_json(self.folder / "run.json", self._record)
 
 
@@ -274,6 +281,16 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
+def _demand_shards(folder: Path) -> None:
+    """Check that every sealed shard of a buffer is there; their content is checked when they are read.
+
+    Raises:
+        BufferIntegrityError: when a shard is missing or of another size, or the manifest is damaged.
+    """
+    for entry in Manifest.load(folder).shards:
+        demand_present(folder, entry)
+
+
 def _training_note(record: StepRecord) -> str:
     phase = "aligning, " if record.phase == "align" else ""
     return f"{phase}loss {record.loss:.3f}, dead {record.dead_share:.0%}"
@@ -281,7 +298,7 @@ def _training_note(record: StepRecord) -> str:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
-    fresh: dict[str, Any] = {"schema": SCHEMA, "config": {}, "versions": {}, "stages": {}}
+    fresh: dict[str, Any] = {"schema": SCHEMA, "config": {}, "versions": {}, "stages": {}, "results": {}}
     if not path.exists():
         return fresh
     try:
@@ -303,13 +320,6 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield package, version(package)
         except PackageNotFoundError:
             continue
-
-
-def _finite(value: Any) -> Any:
-    """Put null where a number is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 Images = Float[Tensor, "b 3 h w"]
 """Model input, normalised."""
-Pixels = UInt8[Tensor, "3 h w"]
-"""One decoded picture."""
+Pixels = UInt8[Tensor, "3 _ _"]
+"""One decoded picture, of any size."""
 RowMatrix = Float[Tensor, "b d"]
 """Activation rows of one site."""
 Values = Float[Tensor, "b k"]

@@ -68,6 +68,7 @@ def _described(module: nn.Module) -> LoadedModel:
             std=tuple(data["std"]),
             interpolation=data["interpolation"] if data["interpolation"] in ("nearest", "bilinear") else "bicubic",
             crop_pct=float(data["crop_pct"]),
+            crop_mode="squash" if data.get("crop_mode") == "squash" else "center",
         ),
         timm_layouts,
     )

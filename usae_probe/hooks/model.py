@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import nnsight
 import torch
@@ -158,7 +158,7 @@ class HookedModel:
                 self._wrapping.remove()
             self._wrapping, self._root, self._closed = None, None, True
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> HookedModel:
         return self
 
     def __exit__(
@@ -237,7 +237,8 @@ class HookedModel:
             )
         if info.layout is None:
             raise NotBuiltError(
-                f"layer '{site.layer}' of model '{self.name}' outputs {['b', *info.output_shape]}: no known layout"
+                f"layer '{site.layer}' of model '{self.name}' outputs {['b', *info.output_shape]}: no known layout",
+                hint="known are [b, d], [b, tokens, d] and maps; take a layer around or after it",
             )
         require_policy(site, info.layout, info.output_shape)
         return info

@@ -1,6 +1,6 @@
 """The one preprocessing of harvest and CAM: resize, centre crop and normalise as differentiable torch operations.
 
-It follows timm's evaluation transform (`crop_mode="center"`) and Pillow's resampling: antialiased, one axis after
+It follows timm's evaluation transform and Pillow's resampling: antialiased, one axis after
 the other, clipped to the range of a picture after each.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError, ImageError, nearest
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+CROP_MODES = ("center", "squash")
 
 Batch = Sequence[Shaped[Tensor, "3 _ _"]] | Shaped[Tensor, "b 3 _ _"]
 """Pictures of different sizes in a list, or of one size in a tensor: uint8, or floating in [0, 1]."""
@@ -29,8 +30,9 @@ Batch = Sequence[Shaped[Tensor, "3 _ _"]] | Shaped[Tensor, "b 3 _ _"]
 class Preprocessing:
     """How a picture becomes model input: `x = (crop(resize(picture)) / 255 - mean) / std`.
 
-    The picture is scaled, keeping its aspect ratio, until it covers `floor(image_size / crop_pct)`; the centre of
-    `image_size` is kept. A picture that has the right size already is not resampled.
+    The picture is scaled, keeping its aspect ratio, until it covers `floor(image_size / crop_pct)` (`squash`: to just
+    that size, whatever its aspect ratio); the centre of `image_size` is kept. A picture that has the right size already
+    is not resampled.
 
     Attributes:
         image_size: height and width of the model input in pixels.
@@ -38,6 +40,7 @@ class Preprocessing:
         std: divides per channel, same units.
         interpolation: `bilinear`, `bicubic` (both antialiased) or `nearest`.
         crop_pct: share of the scaled picture's side that the crop keeps, in (0, 1].
+        crop_mode: `center` or `squash`, as timm names them.
 
     Raises:
         ConfigError: for a value out of range.
@@ -48,6 +51,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -62,6 +66,8 @@ class Preprocessing:
                 f"interpolation is {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}",
                 hint=nearest(self.interpolation, INTERPOLATIONS, n=1),
             )
+        if self.crop_mode not in CROP_MODES:
+            raise ConfigError(f"crop_mode is {self.crop_mode!r}, expected one of {', '.join(CROP_MODES)}")
         if not 0 < self.crop_pct <= 1:
             raise ConfigError(f"crop_pct is {self.crop_pct!r}, expected a share above 0 and at most 1")
 
@@ -139,6 +145,8 @@ class Preprocessing:
     def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
         """Size after scaling and before the crop, rounded as timm does."""
         target_h, target_w = (math.floor(side / self.crop_pct) for side in self.image_size)
+        if self.crop_mode == "squash":
+            return target_h, target_w
         if target_h == target_w:
             longer = int(target_h * max(height, width) / min(height, width))
             return (longer, target_w) if width <= height else (target_h, longer)

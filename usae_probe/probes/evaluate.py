@@ -73,10 +73,12 @@ def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None)
     """Return the sites that the classes are about: those asked for, or the last listed of each model.
 
     Raises:
-        SiteError: for a site the USAE does not have, or two of one model.
+        SiteError: for a site the USAE does not have, two of one model, or none at all.
     """
     if asked is None:
         return tuple({site.partition("/")[0]: site for site in sites}.values())
+    if not asked:
+        raise SiteError("probes.sites is empty", hint=f"leave it out, or choose from: {', '.join(sites)}")
     for site in asked:
         if site not in sites:
             raise SiteError(

@@ -146,7 +146,7 @@ class UniversalityReport:
             yield row
 
 
-def _cell(value: float) -> str | int:
+def _cell(value: float | int) -> str | int:
     if isinstance(value, int):
         return value
     return "" if math.isnan(value) else f"{value:.6g}"

@@ -41,12 +41,13 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Solid lines are reconstructions from a site's own code, dashed ones the mean over the other sites' codes.
     """
-    figure = _figure((9.6, 3.8))
-    left, right = figure.subplots(1, 2)
     sites = list(history[0]["losses"]) if history else []
+    columns = max(1, int(9.0 / (0.6 + 0.06 * max(map(len, sites), default=0))))
+    figure = _figure((9.6, 3.6 + 0.16 * (len(sites) // columns)))
+    left, right = figure.subplots(1, 2)
     aligned = [record["step"] for record in history if record["phase"] == "align"]
     if aligned:
-        left.axvspan(0, max(aligned), color="0.92", label="alignment warm-up (own and other codes)")
+        left.axvspan(0, max(aligned), color="0.92")
     for colour, site in zip(_cycle(len(sites)), sites, strict=True):
         _loss_lines(left, history, site, colour)
         _validation_lines(right, [record for record in history if record["r2"]], site, sites, colour)
@@ -54,29 +55,43 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     right.set(xlabel="step", ylabel="R²", title="R² on validation rows, by target site")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        if sites:
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    _legend(figure, sites, columns, aligned=bool(aligned))
     _save(figure, path)
+
+
+def _legend(figure: Figure, sites: Sequence[str], columns: int, *, aligned: bool) -> None:
+    """Put one legend under both panels: a colour per site, a style per code."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    entries: list[Line2D | Patch] = [
+        Line2D([], [], color=colour, label=site) for colour, site in zip(_cycle(len(sites)), sites, strict=True)
+    ]
+    if len(sites) > 1:
+        entries.append(Line2D([], [], color="0.4", label="own code"))
+        entries.append(Line2D([], [], color="0.4", linestyle="--", label="other codes"))
+    if aligned:
+        entries.append(Patch(color="0.92", label="alignment warm-up"))
+    if entries:
+        figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def _loss_lines(axis: Axes, history: Sequence[Mapping[str, Any]], site: str, colour: str) -> None:
     own = [r for r in history if r["source"] in (site, "all")]
     other = [r for r in history if r["source"] not in (site, "all")]
-    axis.plot([r["step"] for r in own], [r["losses"][site] for r in own], color=colour, label=f"{site}, own code")
+    axis.plot([r["step"] for r in own], [r["losses"][site] for r in own], color=colour)
     if other:
-        losses = [r["losses"][site] for r in other]
-        axis.plot([r["step"] for r in other], losses, color=colour, linestyle="--", label=f"{site}, other code")
+        axis.plot([r["step"] for r in other], [r["losses"][site] for r in other], color=colour, linestyle="--")
 
 
 def _validation_lines(
     axis: Axes, measured: Sequence[Mapping[str, Any]], site: str, sites: Sequence[str], colour: str
 ) -> None:
     steps, others = [r["step"] for r in measured], [source for source in sites if source != site]
-    own = [_number(r["r2"][site][site]) for r in measured]
-    axis.plot(steps, own, color=colour, marker=".", label=f"{site}, own code")
+    axis.plot(steps, [_number(r["r2"][site][site]) for r in measured], color=colour, marker=".")
     if others:
         cross = [sum(_number(r["r2"][source][site]) for source in others) / len(others) for r in measured]
-        axis.plot(steps, cross, color=colour, marker=".", linestyle="--", label=f"{site}, other codes")
+        axis.plot(steps, cross, color=colour, marker=".", linestyle="--")
 
 
 def _number(value: float | None) -> float:
@@ -92,11 +107,18 @@ def _heat_map(axis: Axes, matrix: Matrix, sites: Sequence[str]) -> None:
         for j, value in enumerate(row):
             dark = value <= 0.6  # not so for NaN, which has no colour of its own: black on the white ground
             text = f"{value:.3f}" if math.isfinite(value) else "–"
-            axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+            cell = axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+            cell.set_in_layout(False)  # it lies inside: measuring hundreds of them takes seconds
 
 
 def _cycle(n: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(n)]
+    """n colours that can be told apart."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if n <= len(_COLOURS):
+        return list(_COLOURS[:n])
+    return [to_hex(colormaps["viridis"](i / n)) for i in range(n)]
 
 
 def _figure(size: tuple[float, float]) -> Figure:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..hooks import LayerInfo
 
+_COLUMNS = 5
 _MEANING = {
     "universal": "fires in all models, on the same images",
     "partial": "shared by some models, or at unequal rates",
@@ -44,7 +45,7 @@ class StageProgress:
         )
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StageProgress:
         self._bars.start()
         return self
 
@@ -86,7 +87,7 @@ def seconds(value: float) -> str:
 def run_summary(metrics: Mapping[str, Any], files: Mapping[str, Path], note: str = "") -> RenderableType:
     """Return the closing screen of a run: R² matrix, classes of the latents, where the files are."""
     parts: list[RenderableType] = [Text(note, style="yellow")] if note else []
-    return Group(*parts, _r2_table(metrics), _class_table(metrics), file_table(files))
+    return Group(*parts, *_r2_tables(metrics), _class_table(metrics), file_table(files))
 
 
 def file_table(files: Mapping[str, Path]) -> Table:
@@ -97,19 +98,20 @@ def file_table(files: Mapping[str, Path]) -> Table:
     return where
 
 
-def _r2_table(metrics: Mapping[str, Any]) -> Table:
+def _r2_tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the R² matrix, in blocks of columns that fit 80 characters without breaking a number."""
     sites = metrics["sites"]
-    table = Table(
-        title=f"R² on {metrics['n_rows_eval']:,} held-out rows (on {metrics['n_rows_train']:,} training rows)",
-        title_justify="left",
-    )
-    table.add_column("code of ↓ decoded to →", overflow="fold")
-    for site in sites:
-        table.add_column(escape(site), justify="right", overflow="fold")
-    for source in sites:
-        cells = [_r2_cell(metrics["r2"][source][target], metrics["r2_train"][source][target]) for target in sites]
-        table.add_row(escape(source), *cells)
-    return table
+    title = f"R² on {metrics['n_rows_eval']:,} held-out rows (on {metrics['n_rows_train']:,} training rows)"
+    for start in range(0, len(sites), _COLUMNS):
+        targets = sites[start : start + _COLUMNS]
+        table = Table(title=title if start == 0 else "R², further targets", title_justify="left")
+        table.add_column("code of ↓ decoded to →", overflow="fold")
+        for target in targets:
+            table.add_column(escape(target), justify="right", overflow="fold", min_width=7)
+        for source in sites:
+            cells = [_r2_cell(metrics["r2"][source][target], metrics["r2_train"][source][target]) for target in targets]
+            table.add_row(escape(source), *cells)
+        yield table
 
 
 def _r2_cell(held_out: float | None, training: float | None) -> Text:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
-from ..files import replacing, sha256, write_json
+from ..files import json_text, replacing, sha256
 from .model import USAE
 
 SCHEMA = 1
@@ -21,25 +21,36 @@ T = TypeVar("T", bound=USAE)
 
 
 def save_usae(usae: USAE, path: Path) -> None:
-    """Write `path` and `path` with the ending .json, each atomically; the JSON holds the other's hash."""
+    """Write `path` and `path` with the ending .json; the JSON holds the other's hash.
+
+    Both are written whole under temporary names before either is renamed: a failure on the way keeps both old files.
+
+    Raises:
+        CheckpointError: when `path` itself ends in .json.
+    """
+    beside = path.with_suffix(".json")
+    if beside == path:
+        raise CheckpointError(
+            f"'{path}' is the name of the JSON beside a checkpoint", hint="give a name that ends in .safetensors"
+        )
     tensors: dict[str, torch.Tensor] = {}
     for index, site in enumerate(usae.sites):
         columns = usae.columns[site]
         parts = {"W_enc": usae.W_enc[index], "b_enc": usae.b_enc[index], "W_dec": usae.W_dec[:, columns]}
         parts |= {"b_dec": usae.b_dec[columns], "mean": usae.mean[columns], "scale": usae.scale[index : index + 1]}
         tensors |= {f"{key}.{index}": value.detach().cpu().contiguous().clone() for key, value in parts.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary)
-    about: dict[str, Any] = {
-        "schema": SCHEMA,
-        "sites": list(usae.sites),
-        "d_in": usae.d_in,
-        "n_latents": usae.n_latents,
-        "k": usae.k,
-        "sparsity": "topk",
-        "sha256": sha256(path),
-    }
-    write_json(path.with_suffix(".json"), about)
+    with replacing(path) as weights, replacing(beside) as about:
+        save_file(tensors, weights)
+        content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "sites": list(usae.sites),
+            "d_in": usae.d_in,
+            "n_latents": usae.n_latents,
+            "k": usae.k,
+            "sparsity": "topk",
+            "sha256": sha256(weights),
+        }
+        about.write_text(json_text(content), encoding="utf-8")
 
 
 def load_usae(cls: type[T], path: Path, **overrides: Any) -> T:
@@ -58,7 +69,8 @@ def load_usae(cls: type[T], path: Path, **overrides: Any) -> T:
             f"'{path}' is not the file that '{path.with_suffix('.json').name}' describes (SHA-256 differs)",
             hint="copy both files together, or train again",
         )
-    usae = cls(about["d_in"], about["n_latents"], about["k"], **overrides)
+    d_in = {site: about["d_in"][site] for site in about["sites"]}  # `sites` has the order, whoever rewrote the JSON
+    usae = cls(d_in, about["n_latents"], about["k"], **overrides)
     with torch.no_grad():
         for index, site in enumerate(usae.sites):
             columns = usae.columns[site]
@@ -83,6 +95,11 @@ def _read_about(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{beside}' does not describe a USAE checkpoint: {error}") from error
     if schema != SCHEMA:
         raise CheckpointError(f"'{beside}' has schema {schema}, this version reads {SCHEMA}", hint="update usae-probe")
+    missing = [key for key in ("sites", "d_in", "n_latents", "k", "sha256") if key not in about]
+    if missing:
+        raise CheckpointError(f"'{beside}' lacks {', '.join(missing)}", hint="copy both files again, or train again")
+    if sorted(about["sites"]) != sorted(about["d_in"]):
+        raise CheckpointError(f"'{beside}': sites {about['sites']} are not those of d_in, {list(about['d_in'])}")
     return dict(about)
 
 

@@ -79,8 +79,10 @@ class USAE(nn.Module):
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("scale", torch.ones(len(self.sites)))
         for site, (mean, scale) in (normalisation or {}).items():
+            index = self.site_index(site)
+            self._check_width(mean.shape, site, "a mean")
             self.mean[self.columns[site]] = mean.to(self.mean)
-            self.scale[self.sites.index(site)] = scale
+            self.scale[index] = scale
 
     @property
     def kernel(self) -> Kernel:
@@ -101,8 +103,13 @@ class USAE(nn.Module):
         return self.sites.index(site)
 
     def normalise(self, x: RowMatrix, site: str) -> RowMatrix:
-        """Return x̃ = (x − μ) / s."""
+        """Return x̃ = (x − μ) / s.
+
+        Raises:
+            SiteError: for an unknown site, or rows of another width than the site's.
+        """
         index = self.site_index(site)
+        self._check_width(x.shape, site, "rows")
         return (x.to(self.mean) - self.mean[self.columns[site]]) / self.scale[index]
 
     def z_pre(self, x_normalised: RowMatrix, site: str) -> Float[Tensor, "b n"]:
@@ -126,7 +133,7 @@ class USAE(nn.Module):
             values and indices, [b, k] each.
 
         Raises:
-            SiteError: for an unknown site.
+            SiteError: for an unknown site, or rows of another width than the site's.
         """
         normalised = self.normalise(x, site)
         z_pre = self.z_pre(normalised, site)
@@ -195,6 +202,13 @@ class USAE(nn.Module):
     def __repr__(self) -> str:
         sites = ", ".join(f"{site} [{d}]" for site, d in self.d_in.items())
         return f"USAE(n_latents={self.n_latents}, k={self.k}, sites: {sites})"
+
+    def _check_width(self, shape: torch.Size, site: str, what: str) -> None:
+        if shape[-1] != self.d_in[site]:  # a width of 1 would broadcast and go unnoticed
+            raise SiteError(
+                f"site '{site}' has d_in = {self.d_in[site]}, given {what} of shape {list(shape)}",
+                hint="is it the activation of another layer?",
+            )
 
     def _bias(self, index: int) -> LatentVector:
         columns = self.columns[self.sites[index]]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..errors import BufferIntegrityError, ConfigError, NonFiniteError, nearest
 from .losses import StepLoss, alignment_loss, source_loss
 from .model import USAE
 from .reconstruction import Matrix, ReconstructionSums
+from .state import TrainingState
 
 VALIDATION_ROWS = 2048
 _SOURCE, _PAIRING = 1, 2  # streams of random numbers, so that one never shifts another
@@ -50,6 +52,10 @@ class StepRecord:
     dead_share: float
     r2: Matrix | None = None
 
+    def is_kept(self, how: TrainConfig) -> bool:
+        """Return whether the history keeps this record: every `log_every`-th, the last, and those with R²."""
+        return self.step % how.log_every == 0 or self.step == self.steps or self.r2 is not None
+
 
 class TrainResult(NamedTuple):
     """A trained USAE, the records kept of its training, and how long it took."""
@@ -66,6 +72,7 @@ def train(
     usae_config: UsaeConfig | None = None,
     train_config: TrainConfig | None = None,
     progress: Callable[[StepRecord], None] | None = None,
+    resume: str | Path | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a USAE from a buffer's training rows.
@@ -75,10 +82,14 @@ def train(
         sites: which of its sites; default: all. One site trains an independent SAE.
         usae_config, train_config: settings as read from a config file.
         progress: called with every step's record.
+        resume: file to keep the training's state in, about once a minute. If it holds the state of this very training
+            (same buffer, sites and settings), training goes on from there and ends with the same weights, on CPU bit
+            for bit, as if it had not been stopped; the records are then those from there on. The caller removes it.
         settings: or single settings by the config's names: `n_latents`, `k`, `epochs`, `steps`, `batch_size`, `lr`, …
 
     Returns:
-        the USAE, the records of every `log_every`-th step (and those with a validation R²), and the seconds spent.
+        the USAE, the records of every `log_every`-th step, of the last and of those with a validation R², and the
+        seconds spent.
 
     Raises:
         ConfigError: for an unknown setting or a value out of range.
@@ -91,8 +102,9 @@ def train(
     started = time.perf_counter()
     usae = usae_for(buffer, shape, how, sites=sites)
     history = []
-    for record in train_steps(usae, buffer, how):
-        if record.step % how.log_every == 0 or record.r2 is not None:
+    state = TrainingState(Path(resume), _depends_on(buffer, usae, shape, how)) if resume else None
+    for record in train_steps(usae, buffer, how, state):
+        if record.is_kept(how):
             history.append(record)
         if progress:
             progress(record)
@@ -125,7 +137,9 @@ def usae_for(buffer: ActivationBuffer, shape: UsaeConfig, how: TrainConfig, *, s
     return usae.to(device)
 
 
-def train_steps(usae: USAE, buffer: ActivationBuffer, how: TrainConfig) -> Iterator[StepRecord]:
+def train_steps(
+    usae: USAE, buffer: ActivationBuffer, how: TrainConfig, state: TrainingState | None = None
+) -> Iterator[StepRecord]:
     """Train `usae` in place and yield a record per step; step t depends on seed and t alone.
 
     Raises:
@@ -136,8 +150,9 @@ def train_steps(usae: USAE, buffer: ActivationBuffer, how: TrainConfig) -> Itera
     aligned = round(how.align_warmup * steps) if len(sites) > 1 else 0
     optimiser = torch.optim.Adam(usae.parameters(), lr=how.lr, fused=True)
     silent = torch.zeros(usae.n_latents, dtype=torch.long, device=usae.W_dec.device)
-    batches = buffer.batches("train", how.batch_size, seed=how.seed, sites=sites)
-    for step, rows in zip(range(1, steps + 1), batches, strict=False):
+    done = state.restore(usae, optimiser, silent) if state else 0
+    batches = buffer.batches("train", how.batch_size, seed=how.seed, start_step=done, sites=sites)
+    for step, rows in zip(range(done + 1, steps + 1), batches, strict=False):
         x = _normalised(usae, _paired(rows, how, step))
         optimiser.zero_grad(set_to_none=True)
         phase: Literal["align", "main"] = "align" if step <= aligned else "main"
@@ -166,6 +181,8 @@ def train_steps(usae: USAE, buffer: ActivationBuffer, how: TrainConfig) -> Itera
             dead_share=float((silent >= how.dead_after).float().mean()),
             r2=_validation_r2(usae, buffer) if _validates(step, steps, how) else None,
         )
+        if state:  # after the record went out: a state never runs ahead of the history
+            state.keep(usae, optimiser, silent, step)
 
 
 def learning_rate(step: int, steps: int, how: TrainConfig) -> float:
@@ -197,6 +214,11 @@ def _configs(
         checked(UsaeConfig, shape.model_dump() | of_shape),
         checked(TrainConfig, how.model_dump() | of_training),
     )
+
+
+def _depends_on(buffer: ActivationBuffer, usae: USAE, shape: UsaeConfig, how: TrainConfig) -> dict[str, Any]:
+    settings = how.model_dump(exclude={"log_every", "validate_every"})
+    return {"buffer": buffer.identity, "sites": usae.sites, "usae": shape.model_dump(), "train": settings}
 
 
 def _normalised(usae: USAE, rows: Mapping[str, np.ndarray]) -> Tensor:

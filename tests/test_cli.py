@@ -1,0 +1,332 @@
+"""The command line: exit statuses, what is printed where, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import usae_probe.demo
+from usae_probe import ActivationBuffer, RunConfig
+from usae_probe.cli import main
+
+FACTORY = """
+import os, time, torch
+from torch import nn
+
+class Slow(nn.Identity):
+    def forward(self, x):
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return x
+
+def build(width=6, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, width, 3, stride=2), Slow(), nn.ReLU(), nn.Conv2d(width, width, 3), nn.Flatten())
+"""
+CONFIG = """
+[models.a]
+adapter = "module"
+name = "nets.py:build"
+layers = ["3"]
+image_size = 16
+mean = [0, 0, 0]
+std = [1, 1, 1]
+[models.b]
+adapter = "module"
+name = "nets.py:build"
+layers = ["0"]
+options = { seed = 1 }
+image_size = 16
+mean = [0, 0, 0]
+std = [1, 1, 1]
+[images]
+source = "images.npy"
+holdout = 0.3
+batch_size = 4
+[buffer]
+shard_images = 8
+[usae]
+n_latents = 16
+k = 2
+[train]
+steps = 4
+batch_size = 16
+[probes]
+min_fires = 2
+"""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Call `main()` in a folder with a config that works."""
+    (tmp_path / "nets.py").write_text(FACTORY)
+    (tmp_path / "c.toml").write_text(CONFIG)
+    np.save(tmp_path / "images.npy", usae_probe.demo.draw_images(60, size=32).images)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["usae-probe", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        return Outcome(left.value.code, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return call
+
+
+def changed(old: str, new: str) -> None:
+    text = Path("c.toml").read_text()
+    assert old in text
+    Path("c.toml").write_text(text.replace(old, new))
+
+
+# --- what works ---
+
+
+def test_a_run_on_the_terminal_then_kept(cli: Command, tmp_path: Path) -> None:
+    first = cli("run", "c.toml")
+    assert first.status == 0
+    folder = tmp_path / "runs/c"
+    assert (folder / "metrics.json").exists()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"{metrics['r2']['a/3']['b/0']:.3f}" in first.out
+    assert "runs/c/metrics.json" in first.out
+    for line in ("harvest …", "train …", "evaluate …", "train: done in"):
+        assert line in first.err
+        assert line not in first.out
+    again = cli("run", "c.toml", "--out", str(folder))
+    assert again.status == 0
+    assert again.err.count("kept, already done") == 3
+    assert f"{metrics['r2']['a/3']['b/0']:.3f}" in again.out
+    changed("steps = 4", "steps = 5")
+    assert "train: redone, train.steps changed" in cli("run", "c.toml").err
+
+
+def test_stages_one_by_one_with_json(cli: Command) -> None:
+    early = cli("evaluate", "c.toml", "--json")
+    assert (early.status, json.loads(early.out)["error"]["type"]) == (1, "StageError")
+    for stage in ("harvest", "train", "evaluate"):
+        result = cli(stage, "c.toml", "--out", "r", "--json")
+        document = json.loads(result.out, parse_constant=pytest.fail)
+        assert result.status == 0
+        assert document["run_dir"] == "r"
+        assert document["stages"][stage]["kept"] is False
+        assert (document["metrics"] is None) == (stage != "evaluate")
+    assert document["metrics"]["schema"] == 1
+    assert document["files"]["measures"] == "r/metrics.json"
+    assert "R²" in result.err  # the table is not lost
+
+
+def test_a_warning_is_one_line_once(cli: Command) -> None:
+    changed("k = 2", "k = 6")
+    result = cli("harvest", "c.toml")
+    assert result.status == 0
+    assert result.err.count("warning: k = 6 active latents for rows of d_in = 6 ('a/3') is no bottleneck") == 1
+
+
+def test_adapters(cli: Command) -> None:
+    listed = json.loads(cli("adapters", "--json").out)["adapters"]
+    assert {row["name"]: row["state"] for row in listed}.items() >= {"timm": "ok", "module": "ok"}.items()
+    assert set(listed[0]) == {"name", "target", "distribution", "version", "state"}
+    table = cli("adapters")
+    assert table.status == 0
+    assert "usae-probe" in table.out
+
+
+def test_layers(cli: Command) -> None:
+    document = json.loads(cli("layers", "timm:test_resnet", "--image-size", "32", "--json").out)
+    layers = document["models"]["timm:test_resnet"]
+    assert layers[0]["name"] == "conv1.0"
+    assert layers[-1] == {
+        "name": "fc", "kind": "Linear", "output_shape": [1000], "order": len(layers) - 1, "calls": 1,
+        "parameters": 97000, "layout": "vector", "aliases": [],
+    }  # fmt: skip
+    table = cli("layers", "timm:test_resnet", "--image-size", "32")
+    assert table.status == 0
+    assert "layer4.0.act2" in table.out
+    of_file = json.loads(
+        cli("layers", "module:nets.py:build", "--image-size", "16", "--option", "width=5", "--json").out
+    )
+    assert of_file["models"]["module:nets.py:build"][0]["output_shape"] == [5, 7, 7]
+    of_config = json.loads(cli("layers", "c.toml", "--json").out)["models"]
+    assert list(of_config) == ["a", "b"]
+    assert [layer["name"] for layer in of_config["b"]] == ["0", "1", "2", "3", "4"]
+
+
+def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = usae_probe.demo.demo_config
+
+    def small(folder: Path) -> RunConfig:
+        data = json.loads(real(folder).model_dump_json(exclude_defaults=True, exclude_unset=True))
+        data["train"]["steps"] = 4
+        data["images"]["source"] = "images.npz"
+        return RunConfig.from_dict(data, base=folder.resolve())
+
+    monkeypatch.setattr(usae_probe.demo, "N_IMAGES", 48)
+    monkeypatch.setattr(usae_probe.demo, "demo_config", small)
+    result = cli("demo", "--out", "d", "--json")
+    document = json.loads(result.out)
+    assert result.status == 0
+    assert document["metrics"]["sites"] == ["resnet/layer3", "resnet/layer4", "vit/blocks.5", "vit/blocks.11"]
+    assert "untrained" in document["note"]
+    assert "untrained" in result.err
+    assert ActivationBuffer("d/buffer").source["n_images"] == 48
+
+
+# --- what fails ---
+
+
+def misfit() -> None:
+    save_file({"0.weight": torch.zeros(2, 2)}, "w.safetensors")
+    changed('layers = ["3"]', 'layers = ["3"]\ncheckpoint = "w.safetensors"')
+
+
+FAILURES: dict[str, tuple[list[str], Callable[[], Any], int, str, str]] = {
+    "unknown command": (["runn", "c.toml"], lambda: None, 2, "UsageError", "runn"),
+    "no argument": (["run"], lambda: None, 2, "UsageError", "CONFIG.toml"),
+    "unknown option": (["run", "c.toml", "--fast"], lambda: None, 2, "UsageError", "--fast"),
+    "missing config": (["run", "none.toml"], lambda: None, 2, "ConfigError", "cannot read config 'none.toml'"),
+    "no TOML": (["run", "nets.py"], lambda: None, 2, "ConfigError", "not valid TOML"),
+    "unknown key": (
+        ["run", "c.toml"], lambda: changed("[usae]", "[usaee]"), 2, "ConfigError", "unknown config key 'usaee'",
+    ),
+    "unknown adapter": (
+        ["run", "c.toml"], lambda: changed('"module"', '"modul"'), 2, "UnknownAdapterError", "no adapter 'modul'",
+    ),
+    "unknown layer": (
+        ["run", "c.toml"], lambda: changed('["3"]', '["33"]'), 2, "UnknownLayerError", "model 'a' has no layer '33'",
+    ),
+    "bad site": (["run", "c.toml"], lambda: changed('["3"]', '["3@x"]'), 2, "SiteError", "token policy '@x'"),
+    "not built": (["run", "c.toml"], lambda: changed('["3"]', '["3@patch"]'), 2, "NotBuiltError", "not built yet"),
+    "k over n_latents": (["run", "c.toml"], lambda: changed("k = 2", "k = 17"), 2, "ConfigError", "k = 17 is more"),
+    "no such device": (
+        ["train", "c.toml"], lambda: changed("[train]", '[train]\ndevice = "gpu"'), 2, "ConfigError", "'train.device'",
+    ),
+    "option of layers": (["layers", "timm:test_resnet", "--option", "x"], lambda: None, 2, "UsageError", "'x' is not"),
+    "unknown model": (["layers", "timm:resnet81"], lambda: None, 2, "UsageError", "timm has no model 'resnet81'"),
+    "no images": (["run", "c.toml"], lambda: Path("images.npy").unlink(), 1, "ImageError", "does not exist"),
+    "misfit": (["run", "c.toml"], misfit, 1, "CheckpointError", "0.weight is [2, 2] in the checkpoint"),
+    "stage": (["train", "c.toml"], lambda: None, 1, "StageError", "has no finished harvest"),
+    "file in the way": (["run", "c.toml", "--out", "nets.py"], lambda: None, 2, "UsageError", "a file is in the way"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", FAILURES)
+def test_failures_have_their_exit_status_and_one_clear_message(cli: Command, which: str) -> None:
+    arguments, spoil, status, kind, part = FAILURES[which]
+    spoil()
+    plain = cli(*arguments)
+    assert (plain.status, plain.out) == (status, "")
+    assert part in plain.err
+    assert "Traceback" not in plain.err
+    as_json = cli(*arguments, "--json")
+    assert as_json.status == status
+    error = json.loads(as_json.out)["error"]
+    assert set(error) == {"type", "message", "hint"}
+    assert error["type"] == kind
+    assert part in error["message"]
+    if kind != "UsageError":  # those of the parser are click's own
+        assert error["hint"] != "see --help"
+
+
+def test_a_bug_is_called_one(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("of zero")
+
+    monkeypatch.setattr(RunConfig, "load", broken)
+    result = cli("run", "c.toml", "--json")
+    assert result.status == 1
+    assert json.loads(result.out)["error"]["type"] == "ZeroDivisionError"
+    assert "USAE_PROBE_DEBUG" in result.out
+    monkeypatch.setenv("USAE_PROBE_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_no_argument_shows_the_help(cli: Command) -> None:
+    result = cli()
+    assert "Commands" in result.out + result.err
+    assert result.status == 2
+    assert cli("--help").status == 0
+
+
+# --- in a process of its own ---
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | more
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "usae_probe", "--help"], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - start < 10  # well under a second when nothing else runs
+    for command in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo"):
+        assert command in result.stdout
+    code = (
+        "import sys, usae_probe, usae_probe.cli\n"
+        "sys.argv = ['usae-probe', 'run', '--help']\n"
+        "try: usae_probe.cli.main()\n"
+        "except SystemExit as left: assert left.code == 0\n"
+        "heavy = {'torch', 'nnsight', 'timm', 'matplotlib', 'h5py', 'numpy', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    checked = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(cli: Command, tmp_path: Path) -> None:
+    whole = cli("harvest", "c.toml", "--out", "whole")
+    assert whole.status == 0
+    command = [sys.executable, "-m", "usae_probe", "run", "c.toml", "--out", "r", "--json"]
+    process = subprocess.Popen(
+        command, env=environment(SLOW="0.1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    deadline = time.monotonic() + 120
+    while not Path("r/buffer/shard-00002.h5").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    error = json.loads(out)["error"]
+    assert error["type"] == "Interrupted"
+    assert "kept in r; give the same command again" in error["hint"]
+    assert "Traceback" not in err
+    assert len(list(Path("r/buffer").glob("shard-*.h5"))) < 8
+    sealed = {f"shard-0000{i}.h5": Path(f"r/buffer/shard-0000{i}.h5").stat().st_mtime_ns for i in (0, 1)}
+    again = cli("run", "c.toml", "--out", "r")
+    assert again.status == 0
+    for name, written in sealed.items():
+        assert Path("r/buffer", name).stat().st_mtime_ns == written
+    for file in Path("whole/buffer").iterdir():
+        assert Path("r/buffer", file.name).read_bytes() == file.read_bytes()

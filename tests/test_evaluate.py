@@ -1,0 +1,287 @@
+"""Evaluation end to end on small buffers: what is read, what is measured, what is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from usae_probe.buffer import ActivationBuffer
+from usae_probe.config import ProbesConfig
+from usae_probe.errors import BufferIntegrityError, ConfigError, NotBuiltError, SiteError
+from usae_probe.probes import CATEGORIES, UniversalityReport, evaluate, one_site_per_model
+from usae_probe.usae import USAE, train
+
+from . import oracles
+
+DIMS = {"m/early": 7, "m/late": 9, "n/layer": 6}
+CLASS_SITES = ("m/late", "n/layer")
+
+
+def correlated(n: int = 900) -> dict[str, np.ndarray]:
+    """Three views of the same sparse causes."""
+    rng = np.random.default_rng(0)
+    causes = rng.exponential(size=(n, 12)) * (rng.random((n, 12)) < 0.15)
+    return {site: causes @ rng.normal(size=(12, d)) + 2 for site, d in DIMS.items()}
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> ActivationBuffer:
+    return ActivationBuffer.from_arrays(
+        correlated(), tmp_path_factory.mktemp("evaluate") / "acts", dtype="float32", holdout=0.4, shard_images=128
+    )
+
+
+@pytest.fixture(scope="module")
+def usae(buffer: ActivationBuffer) -> USAE:
+    return train(buffer, n_latents=24, k=4, steps=250, batch_size=64, lr=1e-2, validate_every=0).usae
+
+
+@pytest.fixture(scope="module")
+def report(usae: USAE, buffer: ActivationBuffer) -> UniversalityReport:
+    return evaluate(usae, buffer)
+
+
+def fired(usae: USAE, buffer: ActivationBuffer, tau: float = 0.0) -> dict[str, np.ndarray]:
+    codes = oracles.dense_codes(usae, buffer.read("holdout").values)
+    return {site: z > tau for site, z in codes.items()}
+
+
+def test_r2_of_held_out_and_of_training_rows(usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
+    held_out, training = buffer.read("holdout").values, buffer.read("train").values
+    assert (report.n_rows_eval, report.n_rows_train) == (360, 486)
+    for found, expected in (
+        (report.r2, oracles.r2(usae, held_out)),
+        (report.r2_train, oracles.r2(usae, training)),
+        (report.r2_global_mean, oracles.r2(usae, held_out, about="scalar")),
+    ):
+        assert list(found) == list(DIMS)
+        for source in DIMS:
+            assert found[source] == pytest.approx(expected[source], abs=1e-5)
+    assert report.r2["m/late"]["n/layer"] > 0.3  # it is no empty comparison
+
+
+def test_no_row_of_validation_or_training_reaches_the_held_out_figures(
+    usae: USAE, buffer: ActivationBuffer, report: UniversalityReport, tmp_path: Path
+) -> None:
+    rows = correlated()
+    for split in ("train", "validation"):
+        for values in rows.values():
+            values[buffer.read(split).image_index] = 77.0
+    other = evaluate(usae, ActivationBuffer.from_arrays(rows, tmp_path / "acts", dtype="float32", holdout=0.4))
+    for source in DIMS:
+        assert other.r2[source] == pytest.approx(report.r2[source])
+    assert other.counts == report.counts
+    assert other.r2_train != report.r2_train
+
+
+def test_classes_are_those_of_the_oracle(usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
+    dense = fired(usae, buffer)
+    expected = oracles.categories({site: dense[site] for site in CLASS_SITES})
+    assert [record.category for record in report.latents] == expected
+    assert report.counts == {name: expected.count(name) for name in CATEGORIES}
+    assert sum(report.counts.values()) == len(report.latents) == 24
+    assert expected.count("universal") > 3
+
+
+def test_every_record_against_dense_codes(usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
+    codes = oracles.dense_codes(usae, buffer.read("holdout").values)
+    norms = {site: usae.decoder(site).detach().double().norm(dim=1).numpy() for site in DIMS}
+    for k, record in enumerate(report.latents):
+        assert record.latent == k
+        for site, z in codes.items():
+            assert record.fires[site] == (z[:, k] > 0).sum()
+            assert record.rate[site] == pytest.approx((z[:, k] > 0).mean())
+            assert record.mean[site] == pytest.approx(z[:, k].mean(), abs=1e-6)
+            assert record.maximum[site] == pytest.approx(z[:, k].max(), abs=1e-5)
+            assert record.energy[site] == pytest.approx(z[:, k].mean() * norms[site][k], abs=1e-5)
+            assert record.decoder_norm[site] == pytest.approx(norms[site][k] / sum(n[k] for n in norms.values()))
+        assert sum(record.decoder_norm.values()) == pytest.approx(1.0)
+        assert record.total_energy == pytest.approx(sum(record.energy.values()))
+        assert list(record.pairs) == [CLASS_SITES]
+        a, b = (codes[site][:, k] > 0 for site in CLASS_SITES)
+        pair = record.pairs[CLASS_SITES]
+        assert pair.cofires == (a & b).sum()
+        assert pair.phi == pytest.approx(oracles.phi(a, b), abs=1e-9)
+        assert pair.jaccard == pytest.approx(oracles.jaccard(a, b), abs=1e-9, nan_ok=True)
+        expected = oracles.firing_entropy([int(a.sum()), int(b.sum())])
+        assert record.entropy == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_energy_by_hand(tmp_path: Path) -> None:
+    # every row is (2, 0) at a and (0, 3) at b; latent 0 reads (1, 0) at a, latent 1 reads (0, 1) at b
+    # W_dec of latent 0: (3, 4) at a, (0, 1) at b: norms 5 and 1; of latent 1: (0, 0) at a, (1, 0) at b: 0 and 1
+    # energies E|z| ‖W_dec‖: latent 0: a 2 · 5 = 10, b 0; latent 1: a 0, b 3 · 1 = 3
+    usae = USAE({"m/a": 2, "n/b": 2}, 2, 1)
+    with torch.no_grad():
+        usae.W_enc[0].copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        usae.W_enc[1].copy_(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+        usae.W_dec.copy_(torch.tensor([[3.0, 4.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]]))
+    rows = {"m/a": np.tile([2.0, 0.0], (200, 1)), "n/b": np.tile([0.0, 3.0], (200, 1))}
+    report = evaluate(usae, ActivationBuffer.from_arrays(rows, tmp_path / "acts"))
+    assert report.latents[0].energy == {"m/a": 10.0, "n/b": 0.0}
+    assert report.latents[1].energy == {"m/a": 0.0, "n/b": 3.0}
+    assert report.latents[0].decoder_norm == pytest.approx({"m/a": 5 / 6, "n/b": 1 / 6})
+    assert [record.total_energy for record in report.latents] == [10.0, 3.0]
+    assert [record.category for record in report.latents] == ["specific", "specific"]
+    assert [record.fires_in for record in report.latents] == [("m/a",), ("n/b",)]
+    # rows that do not vary have no R²: NaN here, null in the file, and never the text NaN
+    assert all(math.isnan(value) for row in report.r2.values() for value in row.values())
+    assert json.loads(report.to_json())["r2"] == {s: {"m/a": None, "n/b": None} for s in ("m/a", "n/b")}
+    assert "NaN" not in report.to_json()
+
+
+def test_universal_latents_come_by_energy(report: UniversalityReport) -> None:
+    universal = report.universal
+    assert {record.latent for record in universal} == {r.latent for r in report.latents if r.category == "universal"}
+    energies = [record.total_energy for record in universal]
+    assert energies == sorted(energies, reverse=True)
+    assert len(energies) == report.counts["universal"]
+
+
+def test_json(report: UniversalityReport) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    content = json.loads(report.to_json(), parse_constant=refuse)
+    assert content["schema"] == 1
+    assert content["sites"] == list(DIMS)
+    assert content["class_sites"] == list(CLASS_SITES)
+    assert content["r2"] == report.r2
+    assert content["r2_train"] == report.r2_train
+    assert content["r2_global_mean"] == report.r2_global_mean
+    assert list(content["counts"]) == list(CATEGORIES)
+    assert sum(content["counts"].values()) == content["n_latents"] == 24
+    assert (content["n_rows_train"], content["n_rows_eval"]) == (486, 360)
+    assert "universal" in repr(report)
+
+
+def test_csv(report: UniversalityReport) -> None:
+    rows = list(csv.DictReader(io.StringIO(report.to_csv())))
+    assert [int(row["latent"]) for row in rows] == list(range(24))
+    by_site = [
+        f"{name}[{site}]" for name in ("fires", "rate", "mean", "maximum", "energy", "decoder_norm") for site in DIMS
+    ]
+    by_pair = [f"{name}[m/late|n/layer]" for name in ("cofires", "jaccard", "lift", "phi", "p", "q")]
+    plain = ["latent", "category", "split", "fires_in", "entropy", "q", "total_energy"]
+    assert list(rows[0]) == plain + by_site + by_pair
+    for row, record in zip(rows, report.latents, strict=True):
+        assert row["category"] == record.category
+        assert row["split"] == str(int(record.split))
+        assert row["fires_in"].split() == list(record.fires_in)
+        assert int(row["fires[m/late]"]) == record.fires["m/late"]
+        assert float(row["energy[n/layer]"]) == pytest.approx(record.energy["n/layer"], rel=1e-5)
+        assert float(row["phi[m/late|n/layer]"]) == pytest.approx(record.pairs[CLASS_SITES].phi, rel=1e-5, abs=1e-12)
+        assert "nan" not in ",".join(row.values()).lower()
+        assert (row["entropy"] == "") == math.isnan(record.entropy)
+
+
+class TestClassSites:
+    def test_the_last_listed_of_each_model(self) -> None:
+        assert one_site_per_model(("m/early", "n/layer", "m/late")) == ("m/late", "n/layer")
+        assert one_site_per_model(("m/a",)) == ("m/a",)
+
+    def test_others_may_be_asked_for(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        report = evaluate(usae, buffer, sites=["n/layer", "m/early"])
+        assert report.class_sites == ("n/layer", "m/early")
+        dense = fired(usae, buffer)
+        expected = oracles.categories({site: dense[site] for site in ("n/layer", "m/early")})
+        assert [record.category for record in report.latents] == expected
+        assert list(report.latents[0].pairs) == [("n/layer", "m/early")]
+        assert list(report.r2) == list(DIMS)  # reconstruction is about all sites
+        assert set(report.latents[0].fires) == set(DIMS)
+
+    def test_that_cannot_be(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        with pytest.raises(
+            SiteError, match=r"names 'm/lat', which is not trained on \(did you mean 'm/late'.*sites: m/"
+        ):
+            evaluate(usae, buffer, sites=["m/lat"])
+        with pytest.raises(SiteError, match="names model 'm' twice: m/early, m/late"):
+            evaluate(usae, buffer, sites=["m/early", "m/late"])
+        with pytest.raises(SiteError, match=r"probes.sites is empty \(leave it out, or choose from: m/early, m/late"):
+            evaluate(usae, buffer, sites=[])
+
+
+class TestSettings:
+    def test_thresholds_by_name_or_config(
+        self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport
+    ) -> None:
+        strict = evaluate(usae, buffer, phi=1.0)
+        assert strict.counts["universal"] < report.counts["universal"]
+        assert evaluate(usae, buffer, config=ProbesConfig(phi=1.0)).counts == strict.counts
+        assert evaluate(usae, buffer, config=ProbesConfig(phi=1.0), phi=0.2).counts == report.counts
+
+    def test_tau(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        found = evaluate(usae, buffer, tau=0.5)
+        dense = fired(usae, buffer, 0.5)
+        assert [r.fires["m/late"] for r in found.latents] == dense["m/late"].sum(0).tolist()
+
+    def test_fewer_training_rows_are_spread_over_all(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        found = evaluate(usae, buffer, train_rows=54)
+        assert found.n_rows_train == 54
+        every_ninth = {site: values[::9] for site, values in buffer.read("train").values.items()}
+        assert found.r2_train["m/late"] == pytest.approx(oracles.r2(usae, every_ninth)["m/late"], abs=1e-5)
+
+    def test_unknown(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        with pytest.raises(ConfigError, match=r"unknown config key 'phy' \(did you mean 'phi'"):
+            evaluate(usae, buffer, phy=0.3)
+
+    def test_progress(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        seen: list[tuple[int, int]] = []
+        evaluate(usae, buffer, progress=lambda done, total: seen.append((done, total)))
+        assert seen == [(360, 846), (846, 846)]
+
+
+def test_one_site_alone(buffer: ActivationBuffer) -> None:
+    single = train(buffer, sites=["n/layer"], n_latents=24, k=3, steps=5).usae
+    report = evaluate(single, buffer)
+    assert list(report.r2) == ["n/layer"]
+    assert {record.category for record in report.latents} <= {"specific", "rare", "dead"}
+    assert report.universal == []
+    assert report.latents[0].pairs == {}
+    assert "NaN" not in report.to_json()
+    assert len(report.to_csv().splitlines()) == 25
+
+
+def test_split_latents_are_marked_and_counted(buffer: ActivationBuffer) -> None:
+    # latents 0 and 1 fire for one model each and write the same; all the others never fire
+    usae = USAE({"m/late": 9, "n/layer": 6}, 4, 1)
+    with torch.no_grad():
+        for encoder, bias, own in zip(usae.W_enc, usae.b_enc, (0, 1), strict=True):
+            encoder.zero_()
+            bias.fill_(-1.0)
+            bias[own] = 1.0
+        usae.W_dec[1] = usae.W_dec[0]
+    report = evaluate(usae, buffer)
+    assert [record.category for record in report.latents] == ["specific", "specific", "dead", "dead"]
+    assert [record.split for record in report.latents] == [True, True, False, False]
+    assert report.n_split == report.to_dict()["n_split"] == 2
+
+
+class TestBuffersThatDoNotServe:
+    def test_missing_site_or_other_width(self, usae: USAE, tmp_path: Path) -> None:
+        rows = correlated(60)
+        other = ActivationBuffer.from_arrays({site: rows[site] for site in ("m/early", "n/layer")}, tmp_path / "a")
+        with pytest.raises(BufferIntegrityError, match="trained on 'm/late' with d_in 9, the buffer has no such site"):
+            evaluate(usae, other)
+        wider = rows | {"m/late": np.ones((60, 10))}
+        with pytest.raises(BufferIntegrityError, match="trained on 'm/late' with d_in 9, the buffer has d_in 10"):
+            evaluate(usae, ActivationBuffer.from_arrays(wider, tmp_path / "b"))
+
+    @pytest.mark.parametrize(("n", "holdout"), [(60, 0.0), (5, 0.1)])
+    def test_no_held_out_rows(self, usae: USAE, tmp_path: Path, n: int, holdout: float) -> None:
+        buffer = ActivationBuffer.from_arrays(correlated(n), tmp_path / "acts", holdout=holdout)
+        with pytest.raises(BufferIntegrityError, match=r"has [01] held-out rows, .* at least 2 \(set images.holdout"):
+            evaluate(usae, buffer)
+
+    def test_several_rows_per_image(self, usae: USAE, tmp_path: Path) -> None:
+        index = np.arange(60) // 2
+        buffer = ActivationBuffer.from_arrays(correlated(60), tmp_path / "acts", image_index=index)
+        with pytest.raises(NotBuiltError, match=r"rows_per_image = 2; .*not built yet"):
+            evaluate(usae, buffer)

@@ -1,0 +1,355 @@
+"""The stages of a run: what is kept, what is redone and why, and what a failure leaves alone."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from usae_probe import ActivationBuffer, Run, RunConfig, pipeline
+from usae_probe.demo import drawings
+from usae_probe.errors import (
+    CheckpointError,
+    ConfigError,
+    ImageError,
+    StageError,
+    UnknownLayerError,
+    UsaeProbeWarning,
+    UsageError,
+)
+from usae_probe.pipeline import STAGES, Progress, RunResult, StageResult
+
+FACTORY = """
+import torch
+from torch import nn
+
+def build(width=8, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 7),
+    )
+"""
+MODEL: dict[str, Any] = {
+    "adapter": "module",
+    "name": "nets.py:build",
+    "layers": ["2"],
+    "image_size": 16,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
+CONFIG: dict[str, Any] = {
+    "models": {
+        "a": {**MODEL, "layers": ["0", "2"]},
+        "b": {**MODEL, "options": {"width": 6, "seed": 1}},
+    },
+    "images": {"source": "images.npy", "holdout": 0.3, "batch_size": 16},
+    "buffer": {"shard_images": 20},
+    "usae": {"n_latents": 16, "k": 2},
+    "train": {"steps": 8, "batch_size": 16, "log_every": 2, "validate_every": 4},
+    "probes": {"min_fires": 2},
+}
+Runner = Callable[..., RunResult]
+
+
+def changed(**tables: dict[str, Any]) -> dict[str, Any]:
+    """CONFIG with some keys replaced."""
+    return CONFIG | {table: CONFIG[table] | keys for table, keys in tables.items()}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "nets.py").write_text(FACTORY)
+    np.save(tmp_path / "images.npy", drawings.draw_images(60, size=32).images)
+    return tmp_path
+
+
+@pytest.fixture
+def run(base: Path) -> Runner:
+    def do(config: dict[str, Any] = CONFIG, stages: Any = STAGES, **callbacks: Any) -> RunResult:
+        return Run(RunConfig.from_dict(config, base=base), base / "run", **callbacks).run(stages)
+
+    return do
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny products: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Drawing takes longer than all else here, and what is drawn is tested elsewhere."""
+    if "figures" not in request.node.name:
+        for name in ("r2_matrix", "training_curves"):
+            monkeypatch.setattr(pipeline.figures, name, lambda _, path: path.touch())
+
+
+def fates(result: RunResult) -> list[str]:
+    return ["kept" if stage.kept else stage.why or "done" for stage in result.stages]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+# --- a whole run ---
+
+
+def test_a_run_leaves_what_the_design_says_and_figures(run: Runner, base: Path) -> None:
+    news: list[Any] = []
+    progress: list[Progress] = []
+    result = run(announce=news.append, progress=progress.append)
+    assert fates(result) == ["done"] * 3
+    files = {file.name for file in (base / "run").iterdir()}
+    assert files >= {
+        "run.json", "buffer", "usae.safetensors", "usae.json", "history.jsonl", "metrics.json", "latents.csv", "figures"
+    }  # fmt: skip
+    assert {file.name for file in (base / "run/figures").iterdir()} == {"r2.png", "training.png"}
+    record = json.loads((base / "run/run.json").read_text())
+    assert record["schema"] == 1
+    assert record["config"]["train"]["steps"] == 8
+    assert record["versions"]["torch"]
+    assert {stage["peak_memory_bytes"] > 1e7 for stage in record["stages"].values()} == {True}
+    history = [json.loads(line) for line in (base / "run/history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history] == [2, 4, 6, 8]
+    assert [entry["r2"] is not None for entry in history] == [False, True, False, True]
+    assert [n if isinstance(n, tuple) else n.stage for n in news] == [
+        ("harvest", ""), "harvest", ("train", ""), "train", ("evaluate", ""), "evaluate"
+    ]  # fmt: skip
+    assert {p.stage: (p.done, p.total) for p in progress} == {
+        "harvest": (60, 60), "train": (8, 8), "evaluate": (progress[-1].total, progress[-1].total)
+    }  # fmt: skip
+
+
+def test_metrics_of_schema_1(run: Runner, base: Path) -> None:
+    result = run()
+    metrics = json.loads((base / "run/metrics.json").read_text(), parse_constant=pytest.fail)
+    assert metrics == result.metrics
+    sites = ["a/0", "a/2", "b/2"]
+    assert (metrics["schema"], metrics["sites"], metrics["class_sites"]) == (1, sites, ["a/2", "b/2"])
+    for name in ("r2", "r2_train", "r2_global_mean"):
+        assert list(metrics[name]) == sites
+        for row in metrics[name].values():
+            assert list(row) == sites
+            assert all(isinstance(value, float) and value <= 1 for value in row.values())
+    assert list(metrics["counts"]) == ["universal", "partial", "chance", "specific", "rare", "dead"]
+    assert sum(metrics["counts"].values()) == metrics["n_latents"] == 16
+    buffer = ActivationBuffer(base / "run/buffer")
+    assert (metrics["n_rows_train"], metrics["n_rows_eval"]) == (buffer.n_rows("train"), 18)
+    assert len((base / "run/latents.csv").read_text().splitlines()) == 17
+    assert result.report is not None
+    assert result.report.r2["a/2"]["b/2"] == metrics["r2"]["a/2"]["b/2"]
+
+
+# --- kept or redone ---
+
+
+def test_a_second_run_keeps_everything(run: Runner, base: Path) -> None:
+    first = run()
+    before = content(base / "run")
+    news: list[Any] = []
+    again = run(announce=news.append)
+    assert fates(again) == ["kept"] * 3
+    assert again.metrics == first.metrics
+    assert again.report is None
+    assert content(base / "run") == before
+    assert all(isinstance(item, StageResult) and item.kept for item in news)
+
+
+def test_a_run_can_be_repeated_bit_for_bit(run: Runner, base: Path) -> None:
+    run()
+    one = content(base / "run")
+    (base / "run").rename(base / "other")
+    run()
+    two = content(base / "run")
+    for name in ("usae.safetensors", "metrics.json", "latents.csv", "buffer/manifest.json", "buffer/shard-00000.h5"):
+        assert one[name] == two[name]
+
+
+def test_keys_that_change_no_result_redo_nothing(run: Runner) -> None:
+    run()
+    other = changed(images={"workers": 2}, train={"log_every": 1, "kernel": "reference", "device": "cpu"})
+    assert fates(run(other)) == ["kept"] * 3
+
+
+def test_a_changed_train_key_redoes_train_and_evaluate_and_says_which(run: Runner, base: Path) -> None:
+    run()
+    before = content(base / "run/buffer")
+    news: list[Any] = []
+    result = run(changed(train={"lr": 0.001}), announce=news.append)
+    assert fates(result)[:2] == ["kept", "train.lr changed"]
+    assert "train.lr" in fates(result)[2]
+    assert ("train", "train.lr changed") in news
+    assert content(base / "run/buffer") == before
+    assert fates(run(changed(train={"lr": 0.001}))) == ["kept"] * 3
+
+
+def test_changed_probes_redo_evaluate_only(run: Runner) -> None:
+    run()
+    assert fates(run(changed(probes={"min_fires": 3}))) == ["kept", "kept", "probes.min_fires changed"]
+
+
+def test_a_changed_seed_of_the_images_redoes_everything(run: Runner, base: Path) -> None:
+    run()
+    before = ActivationBuffer(base / "run/buffer").read("holdout").image_index
+    result = run(changed(images={"seed": 1}))
+    assert not any(stage.kept for stage in result.stages)
+    assert all("images.seed" in stage.why for stage in result.stages)
+    after = ActivationBuffer(base / "run/buffer").read("holdout").image_index
+    assert not np.array_equal(before, after)
+    assert run().stages[0].why == "images.seed changed"  # and back
+
+
+def test_other_pictures_under_the_same_name_are_trained_on_once_they_are_harvested(run: Runner, base: Path) -> None:
+    run()
+    np.save(base / "images.npy", drawings.draw_images(60, size=32, seed=9).images)
+    assert fates(run()) == ["kept"] * 3  # the config is the same: nobody looks
+    (base / "run/buffer/shard-00000.h5").unlink()
+    result = run()
+    assert "shard-00000.h5" in result.stages[0].why
+    assert "missing" in result.stages[0].why
+    assert fates(result)[1] == "the harvest's result changed"
+    assert not result.stages[2].kept
+
+
+@pytest.mark.parametrize("damage", ["shard", "manifest", "cut"])
+def test_a_damaged_buffer_is_harvested_again(run: Runner, base: Path, damage: str) -> None:
+    run()
+    before = content(base / "run/buffer")
+    file = base / "run/buffer" / ("manifest.json" if damage == "manifest" else "shard-00001.h5")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file.unlink()
+    result = run()
+    assert file.name in result.stages[0].why
+    assert fates(result)[1:] == ["kept", "kept"]  # it became the same again
+    assert content(base / "run/buffer") == before
+
+
+def test_lost_results_are_made_again(run: Runner, base: Path) -> None:
+    run()
+    before = content(base / "run")
+    (base / "run/usae.safetensors").unlink()
+    (base / "run/latents.csv").unlink()
+    assert fates(run()) == ["kept", "usae.safetensors not there", "latents.csv not there"]
+    after = content(base / "run")
+    assert all(after[name] == before[name] for name in ("usae.safetensors", "latents.csv", "metrics.json"))
+
+
+# --- single stages ---
+
+
+def test_single_stages(run: Runner, base: Path) -> None:
+    with pytest.raises(StageError, match="has no finished harvest: stage harvest has not been done") as caught:
+        run(stages=("train",))
+    assert "`usae-probe harvest`" in caught.value.hint
+    assert not (base / "run").exists()
+    assert run(stages=("harvest",)).metrics is None
+    with pytest.raises(StageError, match="has no finished train"):
+        run(stages=("evaluate",))
+    assert fates(run(stages=("train",))) == ["done"]
+    with pytest.raises(StageError, match=r"the train in '.*' was done with another config: usae.k changed"):
+        run(changed(usae={"k": 3}), ("evaluate",))
+    assert run(stages=("evaluate",)).metrics is not None
+    assert fates(run()) == ["kept"] * 3
+
+
+# --- failures ---
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (CONFIG | {"models": {"a": {**MODEL, "layers": ["9"]}}}, UnknownLayerError),
+        (CONFIG | {"models": {"a": {**MODEL, "name": "nets.py:biuld"}}}, UsageError),
+        (CONFIG | {"models": {"a": {**MODEL, "checkpoint": "none.safetensors"}}}, CheckpointError),
+        (changed(images={"source": "none.npy"}), ImageError),
+        (changed(images={"source": "nets.py"}), ImageError),
+        (changed(images={"limit": 1}), ConfigError),
+        (changed(probes={"sites": ["a/9"]}, images={"seed": 4}), UsageError),
+        (changed(train={"device": "cuda:77"}, images={"seed": 4}), UsageError),
+    ],
+)
+def test_a_config_that_cannot_work_leaves_the_results_of_another_alone(
+    run: Runner, base: Path, config: dict[str, Any], kind: type[Exception]
+) -> None:
+    run()
+    before = content(base / "run")
+    with pytest.raises(kind):
+        run(config)
+    assert content(base / "run") == before
+
+
+def test_an_interruption_keeps_what_is_finished(run: Runner, base: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=interrupt)
+    assert not (base / "run/usae.safetensors").exists()
+    result = run()
+    assert fates(result) == ["kept", "done", "done"]
+
+
+def test_an_interrupted_harvest_of_another_config_is_not_taken_for_the_old_one(run: Runner, base: Path) -> None:
+    run()
+    before = content(base / "run")
+
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(changed(images={"seed": 1}), progress=interrupt)
+    result = run()  # the old config again
+    assert not result.stages[0].kept
+    after = content(base / "run")
+    assert all(after[name] == before[name] for name in before if name.startswith(("buffer/", "usae", "metrics")))
+
+
+def test_no_bottleneck_is_said(run: Runner) -> None:
+    with pytest.warns(UsaeProbeWarning, match=r"k = 6 active latents for rows of d_in = 6 \('b/2'\) is no bottleneck"):
+        run(changed(usae={"k": 6}), ("harvest",))
+
+
+def test_a_damaged_record_is_refused_with_a_way_out(run: Runner, base: Path) -> None:
+    run(stages=("harvest",))
+    record = json.loads((base / "run/run.json").read_text())
+    for text in ("{", "[]", '{"schema": 1}', '{"schema": 1, "stages": 3}'):
+        (base / "run/run.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"run.json' is damaged") as caught:
+            run()
+        assert "remove it" in caught.value.hint
+    (base / "run/run.json").write_text(json.dumps(record | {"schema": 99}))
+    with pytest.raises(StageError, match="has schema 99, this version reads 1"):
+        run()
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_history(run: Runner, base: Path) -> None:
+    """One validation image has no variance: its R² is no number, and JSON has no NaN."""
+    run(changed(images={"limit": 12, "validation": 0.01}), ("harvest", "train"))
+    for line in (base / "run/history.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_config_file_elsewhere_finds_its_neighbours(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'models.a = {adapter = "module", name = "nets.py:build", layers = ["2"], image_size = 16, '
+    text += 'mean = [0, 0, 0], std = [1, 1, 1]}\nimages = {source = "images.npy"}\nusae = {k = 2}\n'
+    assert tomllib.loads(text)
+    (base / "c.toml").write_text(text)
+    (base / "elsewhere").mkdir()
+    monkeypatch.chdir(base / "elsewhere")
+    assert Run(RunConfig.load("../c.toml"), "out").run(("harvest",)).folder == Path("out")
+    assert ActivationBuffer("out/buffer").complete
