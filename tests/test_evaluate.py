@@ -40,7 +40,11 @@ def buffer(tmp_path_factory: pytest.TempPathFactory) -> ActivationBuffer:
 
 @pytest.fixture(scope="module")
 def usae(buffer: ActivationBuffer) -> USAE:
-    return train(buffer, n_latents=24, k=4, steps=250, batch_size=64, lr=1e-2, validate_every=0).usae
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # quicker than two on matrices as small as these
+    trained = train(buffer, n_latents=24, k=4, steps=250, batch_size=64, lr=1e-2, validate_every=0).usae
+    torch.set_num_threads(threads)
+    return trained
 
 
 @pytest.fixture(scope="module")

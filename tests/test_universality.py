@@ -237,6 +237,17 @@ class TestClasses:
         assert span.category[0] == "partial"
         assert span.q_all[0] == pytest.approx(1.0)  # the largest p over pairs
 
+    def test_only_latents_that_fire_everywhere_are_tested(self) -> None:
+        # 100, 100 and 20 in common; alone in the test q = p, however many others never fire or fire in one site
+        one = {A: rows(1000, (0, 100)), B: rows(1000, (80, 180))}
+        others = [{A: rows(1000), B: rows(1000)}] * 30 + [{A: rows(1000, (0, 50)), B: rows(1000, (0, 3))}] * 30
+        found = classes_of([one, *others])
+        p = oracles.chance_p(100, 100, 20, 1000)
+        assert found.q_all[0] == pytest.approx(p, rel=1e-7)
+        assert found.q[A, B][0] == pytest.approx(p, rel=1e-7)
+        assert (found.q_all[1:] == 1).all()
+        assert (found.q[A, B][1:] == 1).all()
+
     def test_sites_may_be_some_and_in_any_order(self) -> None:
         span = rows(1000, (0, 100))
         counts = counted({A: span[:, None], B: rows(1000)[:, None], C: span[:, None]})

@@ -16,8 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 from .adapter import attach, check_device
 from .buffer import ActivationBuffer
-from .buffer.manifest import Manifest
-from .buffer.shard import demand_present
 from .config import RunConfig
 from .errors import BufferIntegrityError, CheckpointError, StageError
 from .files import sha256, write_json, write_text
@@ -223,8 +221,9 @@ class Run:
         """Return what is missing of a finished stage's results; empty when all is there."""
         if stage == "harvest":
             try:
-                _demand_shards(self.folder / "buffer")
-                return "" if self.buffer().complete else "the buffer is not complete"
+                buffer = self.buffer()
+                buffer.demand_present()
+                return "" if buffer.complete else "the buffer is not complete"
             except BufferIntegrityError as error:
                 return error.message
         names = {
@@ -248,19 +247,26 @@ class Run:
             )
 
     def _discard_other_buffer(self, identity: dict[str, Any]) -> None:
-        """Remove a buffer that is damaged or made from something else; only called once all that is new is checked."""
+        """Remove a buffer that lacks shards or is made from something else; called once all that is new is checked.
+
+        Raises:
+            BufferIntegrityError: for a manifest that cannot be read, of a newer schema say: nothing is removed then.
+        """
         folder = self.folder / "buffer"
+        manifest = folder / "manifest.json"
+        if manifest.exists() and self._is_whole(ActivationBuffer(folder), identity):
+            return
+        manifest.unlink(missing_ok=True)
+        for shard in folder.glob("shard-*.h5"):
+            shard.unlink()
+
+    @staticmethod
+    def _is_whole(buffer: ActivationBuffer, identity: dict[str, Any]) -> bool:
         try:
-            before = ActivationBuffer(folder).identity
-            _demand_shards(folder)
+            buffer.demand_present()
         except BufferIntegrityError:
-            if not any(folder.glob("shard-*.h5")):
-                return
-            before = {}
-        if before != identity:
-            (folder / "manifest.json").unlink(missing_ok=True)
-            for shard in folder.glob("shard-*.h5"):
-                shard.unlink()
+            return False
+        return buffer.identity == identity
 
     def _finish(self, result: StageResult) -> None:
         self._record["config"] = json.loads(self.config.model_dump_json())
@@ -279,16 +285,6 @@ def peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
-
-
-def _demand_shards(folder: Path) -> None:
-    """Check that every sealed shard of a buffer is there; their content is checked when they are read.
-
-    Raises:
-        BufferIntegrityError: when a shard is missing or of another size, or the manifest is damaged.
-    """
-    for entry in Manifest.load(folder).shards:
-        demand_present(folder, entry)
 
 
 def _training_note(record: StepRecord) -> str:

@@ -14,6 +14,7 @@ from .batches import batch_rows, steps_per_epoch
 from .manifest import Manifest, Skipped
 from .moments import Moments
 from .reader import ColumnReader, Verify
+from .shard import demand_present
 from .spec import IMAGE_INDEX, TOKEN_INDEX, SiteSpec, StoredDtype
 
 _FLOAT32 = np.dtype(np.float32)
@@ -233,6 +234,15 @@ class ActivationBuffer:
     def steps_per_epoch(self, split: str, batch_size: int) -> int:
         """Batches per epoch that `batches` gives."""
         return steps_per_epoch(self.n_rows(split), batch_size)
+
+    def demand_present(self) -> None:
+        """Check that every sealed shard is there and as long as it was; `verify` also reads them.
+
+        Raises:
+            BufferIntegrityError: naming the first that is not.
+        """
+        for entry in self._manifest.shards:
+            demand_present(self.path, entry)
 
     def verify(self) -> list[str]:
         """Read every dataset of every shard and say what is wrong with each that is missing or damaged."""
