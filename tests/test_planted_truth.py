@@ -18,7 +18,7 @@ from usae_probe.usae import train
 
 from .planted import SITES, Found, World, found, planted_world
 
-STEPS, CONTROL_STEPS = 1500, 800
+STEPS, CONTROL_STEPS = 1500, 600
 RECIPE: dict[str, Any] = {
     "n_latents": 512,
     "k": 8,
