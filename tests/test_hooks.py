@@ -24,14 +24,7 @@ from usae_probe.errors import (
 )
 from usae_probe.hooks import LayerInfo
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hook(module: nn.Module, *layers: str, name: str = "m", size: int = 32) -> HookedModel:

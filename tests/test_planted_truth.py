@@ -18,16 +18,14 @@ from usae_probe.usae import train
 
 from .planted import SITES, Found, World, found, planted_world
 
-STEPS, CONTROL_STEPS = 1500, 600
+STEPS, CONTROL_STEPS = 2000, 600
 RECIPE: dict[str, Any] = {
     "n_latents": 512,
     "k": 8,
     "lr": 3e-3,
     "batch_size": 1024,
     "validate_every": 0,
-    "dead_after": 20,  # 1,500 steps are short: with the 50 of longer runs private atoms come later
-    "aux_k": 32,
-}
+}  # everything else as a user gets it
 
 
 class Outcome(NamedTuple):

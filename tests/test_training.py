@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,7 @@ def correlated(n: int = 400, seed: int = 0) -> dict[str, np.ndarray]:
     return {"m/a": causes @ rng.normal(size=(16, 10)) + 3, "n/b": causes @ rng.normal(size=(16, 8)) - 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on matrices as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

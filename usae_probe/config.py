@@ -92,8 +92,8 @@ class TrainConfig(_Table):
     lr_warmup: Share = Field(0.05, description="share of the steps in which the learning rate rises linearly")
     lr_final: float = Field(0.01, ge=0, le=1, description="learning rate at the end, as a share of lr (cosine)")
     source: Literal["random", "all"] = Field("random", description="which site's code is decoded in a step")
-    align_warmup: Share = Field(0.15, description="share of the steps with one support for all sites (see README)")
-    aux_k: int = Field(256, ge=0, description="dead latents that model the residual; 0 switches it off")
+    align_warmup: Share = Field(0.25, description="share of the steps with one support for all sites (see README)")
+    aux_k: int = Field(32, ge=0, description="dead latents that model the residual; 0 switches it off")
     aux_coef: float = Field(1 / 32, ge=0, description="weight of that auxiliary loss")
     dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
     grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
@@ -204,7 +204,7 @@ def checked(model: type[T], data: Mapping[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = tuple(first["loc"])
-        key = ".".join(str(part) for part in path)
+        key = ".".join(str(part) for part in path) or model.__name__.removesuffix("Config").lower()
         if first["type"] == "extra_forbidden":
             known = _known_keys(model, path[:-1])
             listed = f"known keys: {', '.join(known)}"
