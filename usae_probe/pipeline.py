@@ -254,7 +254,7 @@ class Run:
         """
         folder = self.folder / "buffer"
         manifest = folder / "manifest.json"
-        if manifest.exists() and self._is_whole(ActivationBuffer(folder), identity):
+        if not folder.is_dir() or (manifest.exists() and self._is_whole(ActivationBuffer(folder), identity)):
             return
         manifest.unlink(missing_ok=True)
         for shard in folder.glob("shard-*.h5"):
