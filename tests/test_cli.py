@@ -138,6 +138,8 @@ def test_stages_one_by_one_with_json(cli: Command) -> None:
     assert document["metrics"]["schema"] == 1
     assert document["files"]["measures"] == "r/metrics.json"
     assert "R²" in result.err  # the table is not lost
+    again = json.loads(cli("train", "c.toml", "--out", "r", "--json").out)
+    assert set(again["files"]) == {"USAE", "activations", "record"}  # the measures may be of another config
 
 
 def test_a_warning_is_one_line_once(cli: Command) -> None:

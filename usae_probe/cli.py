@@ -181,7 +181,7 @@ def _run_stages(config: RunConfig, folder: Path, as_json: bool, stages: tuple[St
         if note:
             bars.say(note)
         result = Run(config, folder, progress=progress, announce=announce).run(stages)
-    files = _files(folder)
+    files = _files(folder, stages[-1])
     _show(as_json, _result_dict(result, files, note), lambda: _summary(result, files, note))
 
 
@@ -191,10 +191,14 @@ def _summary(result: RunResult, files: dict[str, Path], note: str) -> Any:
     return file_table(files) if result.metrics is None else run_summary(result.metrics, files, note)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    names = {"measures": "metrics.json", "latents": "latents.csv", "figures": "figures", "USAE": "usae.safetensors"}
-    names |= {"activations": "buffer", "record": "run.json"}
-    return {what: folder / name for what, name in names.items() if (folder / name).exists()}
+def _files(folder: Path, last: Stage) -> dict[str, Path]:
+    """Return where the results of the stages up to `last` are; those of later ones may belong to another config."""
+    names = {"activations": "buffer", "record": "run.json"}
+    if last != "harvest":
+        names = {"USAE": "usae.safetensors", **names}
+    if last == "evaluate":
+        names = {"measures": "metrics.json", "latents": "latents.csv", "figures": "figures", **names}
+    return {what: folder / name for what, name in names.items()}
 
 
 def _result_dict(result: RunResult, files: dict[str, Path], note: str) -> dict[str, Any]:
