@@ -233,7 +233,7 @@ def test_configs_are_frozen() -> None:
 
 def test_every_key_is_documented() -> None:
     keys = list(documented_keys())
-    assert {table for table, *_ in keys} == {"models.NAME", "images", "buffer", "usae", "train", "probes"}
+    assert {table for table, *_ in keys} == {"models.NAME", "images", "buffer", "usae", "train", "probes", "cam"}
     assert all(description for *_, description in keys)
     assert ("usae", "k", "64") in {key[:3] for key in keys}
     assert ("images", "source", "required") in {key[:3] for key in keys}
@@ -242,5 +242,5 @@ def test_every_key_is_documented() -> None:
 def test_the_demos_config_is_valid(tmp_path: Path) -> None:
     config = demo_config(tmp_path)
     assert list(config.models) == ["resnet", "vit"]
-    assert not any(model.pretrained for model in config.models.values())
+    assert [model.checkpoint for model in config.models.values()] == ["resnet.safetensors", "vit.safetensors"]
     assert config.image_path == str(tmp_path / "images.npz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -131,6 +131,24 @@ class ProbesConfig(_Table):
     q: float = Field(0.01, gt=0, lt=1, description="false-discovery rate of the co-firing test")
     split_cosine: float = Field(0.9, gt=0, le=1, description="cosine of decoder rows that marks split latents")
     train_rows: int = Field(20_000, ge=1, description="training rows that the training R² is computed on, at most")
+    auroc: float = Field(0.9, ge=0.5, le=1, description="AUROC in every model with which a latent follows a label")
+
+
+class CamConfig(_Table):
+    """`[cam]`: pictures that maximise a latent (Coordinated Activation Maximization), and exemplars beside them."""
+
+    latents: str = Field(
+        "top:8",
+        pattern=r"^((top|factors):[1-9]\d*|\d+( *, *\d+)*)$",
+        description="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8",
+    )
+    steps: int = Field(256, ge=1, description="steps of gradient ascent per picture")
+    lr: float = Field(0.05, gt=0, description="learning rate of Adam on the picture's Fourier coefficients")
+    shift: float = Field(0.06, ge=0, lt=0.5, description="random shift in every step, at most, as a share of the side")
+    scale: float = Field(0.05, ge=0, lt=0.5, description="random change of scale in every step, at most")
+    batch_size: int = Field(16, ge=1, description="latents that are optimised at once")
+    exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
+    seed: int = Field(0, ge=0, description="seed of starts, shifts and scales")
 
 
 class RunConfig(_Table):
@@ -142,6 +160,7 @@ class RunConfig(_Table):
     usae: UsaeConfig = UsaeConfig()
     train: TrainConfig = TrainConfig()
     probes: ProbesConfig = ProbesConfig()
+    cam: CamConfig = CamConfig()
     _base: Path = PrivateAttr(default_factory=Path.cwd)
 
     @property
@@ -215,6 +234,26 @@ def checked(model: type[T], data: Mapping[str, Any]) -> T:
         reason = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], dict) else f", given {first['input']!r}"
         raise ConfigError(f"config key '{key}': {reason}{given}", hint=_description(model, path)) from None
+
+
+def settled(tables: Sequence[_Table], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the tables with single settings put into the one that has a key of that name, checked.
+
+    Raises:
+        ConfigError: for a setting that no table has, or a value that its table refuses.
+    """
+    known = [key for table in tables for key in type(table).model_fields]
+    for key in settings:
+        if key not in known:
+            hint = f"{nearest(key, known)} known: {', '.join(known)}".strip()
+            raise ConfigError(f"unknown setting '{key}'", hint=hint)
+    return tuple(
+        checked(
+            type(table),
+            table.model_dump() | {key: value for key, value in settings.items() if key in type(table).model_fields},
+        )
+        for table in tables
+    )
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 
 from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, SiteSpec
-from .config import BufferConfig, ImagesConfig, checked
-from .errors import ConfigError, ImageError, SiteError, nearest
+from .config import BufferConfig, ImagesConfig, settled
+from .errors import ImageError, SiteError
 from .hooks import HookedModel
-from .images import ImageSource, LoadedImages, iter_batches, open_source
+from .images import ImageSource, LoadedImages, OpaqueTransform, iter_batches, open_source
 from .split import draw_split
 
 
@@ -55,8 +54,9 @@ def harvest(
     Example:
         `buffer = up.harvest([resnet, vit], "photos/", out="acts")`
     """
-    how, store = _configs(images_config, buffer_config, settings)
-    source = images if _is_source(images) else open_source(images)
+    given = (images_config or ImagesConfig(source=""), buffer_config or BufferConfig())
+    how, store = settled(given, settings)
+    source = images if isinstance(images, ImageSource) else open_source(images)
     spec = buffer_spec(models, source, how, store)
     writer = BufferWriter(out, spec, describe=source.describe)
     skipped = 0
@@ -134,31 +134,6 @@ def _append(shard: OpenShard, models: Sequence[HookedModel], batch: LoadedImages
     shard.append(batch.indices, rows)
 
 
-def _configs(
-    how: ImagesConfig | None, store: BufferConfig | None, settings: dict[str, Any]
-) -> tuple[ImagesConfig, BufferConfig]:
-    known = [*ImagesConfig.model_fields, *BufferConfig.model_fields]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(
-                f"unknown setting '{key}'", hint=f"{nearest(key, known)} known: {', '.join(known)}".strip()
-            )
-    of_images = {k: v for k, v in settings.items() if k in ImagesConfig.model_fields}
-    of_buffer = {k: v for k, v in settings.items() if k in BufferConfig.model_fields}
-    base = how.model_dump() if how else {"source": ""}
-    return (
-        checked(ImagesConfig, base | of_images),
-        checked(BufferConfig, (store or BufferConfig()).model_dump() | of_buffer),
-    )
-
-
-def _is_source(images: Any) -> bool:
-    return all(hasattr(images, name) for name in ("load", "describe", "fingerprint", "location"))
-
-
 def _describe_preprocessing(model: HookedModel) -> dict[str, Any]:
     describe = getattr(model.preprocess, "to_dict", None)
-    described = dict(describe()) if describe else {"opaque": repr(model.preprocess)}
-    if "opaque" in described:  # memory addresses differ in every process: an interrupted harvest could not go on
-        described["opaque"] = re.sub(r" at 0x[0-9a-fA-F]+", "", described["opaque"])
-    return described
+    return dict(describe()) if describe else OpaqueTransform(model.preprocess).to_dict()

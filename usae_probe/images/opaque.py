@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,5 +43,8 @@ class OpaqueTransform:
         return torch.stack(results)
 
     def to_dict(self) -> dict[str, str]:
-        """Describe it for the buffer's manifest; an opaque transform is known by its repr only."""
-        return {"opaque": repr(self.transform)}
+        """Describe it for the buffer's manifest; an opaque transform is known by its repr only.
+
+        Without memory addresses: they differ in every process, and an interrupted harvest could not go on.
+        """
+        return {"opaque": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.transform))}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..buffer import ActivationBuffer, Rows
-from ..config import TrainConfig, UsaeConfig, checked
-from ..errors import BufferIntegrityError, ConfigError, NonFiniteError, nearest
+from ..config import TrainConfig, UsaeConfig, settled
+from ..errors import BufferIntegrityError, NonFiniteError
 from .losses import StepLoss, alignment_loss, source_loss
 from .model import USAE
 from .reconstruction import Matrix, ReconstructionSums
@@ -98,7 +98,7 @@ def train(
     Example:
         `run = up.train(buffer, n_latents=2042, k=64, epochs=100)`
     """
-    shape, how = _configs(usae_config, train_config, settings)
+    shape, how = settled((usae_config or UsaeConfig(), train_config or TrainConfig()), settings)
     started = time.perf_counter()
     usae = usae_for(buffer, shape, how, sites=sites)
     history = []
@@ -196,24 +196,6 @@ def learning_rate(step: int, steps: int, how: TrainConfig) -> float:
     along = (step - rising) / max(1, steps - rising)
     floor = how.lr * how.lr_final
     return floor + (how.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * along))
-
-
-def _configs(
-    shape: UsaeConfig | None, how: TrainConfig | None, settings: Mapping[str, Any]
-) -> tuple[UsaeConfig, TrainConfig]:
-    shape, how = shape or UsaeConfig(), how or TrainConfig()
-    known = [*UsaeConfig.model_fields, *TrainConfig.model_fields]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(
-                f"unknown setting '{key}'", hint=f"{nearest(key, known)} known: {', '.join(known)}".strip()
-            )
-    of_shape = {k: v for k, v in settings.items() if k in UsaeConfig.model_fields}
-    of_training = {k: v for k, v in settings.items() if k in TrainConfig.model_fields}
-    return (
-        checked(UsaeConfig, shape.model_dump() | of_shape),
-        checked(TrainConfig, how.model_dump() | of_training),
-    )
 
 
 def _depends_on(buffer: ActivationBuffer, usae: USAE, shape: UsaeConfig, how: TrainConfig) -> dict[str, Any]:
