@@ -158,6 +158,12 @@ def phi(a: np.ndarray, b: np.ndarray) -> float:
     return (x @ y) / math.sqrt((x @ x) * (y @ y)) if 0 < a.sum() < len(a) and 0 < b.sum() < len(b) else 0.0
 
 
+def auroc(z: Sequence[float], has: Sequence[bool]) -> float:
+    """P(z⁺ > z⁻) + P(z⁺ = z⁻) / 2 over all pairs of a row with the value and one without."""
+    pairs = [(a, b) for a, h in zip(z, has, strict=True) if h for b, g in zip(z, has, strict=True) if not g]
+    return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+
+
 def chance_p(a: int, b: int, cofires: int, n: int) -> float:
     """P[H ≥ cofires], H hypergeometric: an exact sum of whole numbers."""
     ways = sum(math.comb(a, h) * math.comb(n - a, b - h) for h in range(cofires, min(a, b) + 1))

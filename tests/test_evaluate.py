@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import ProbesConfig
-from usae_probe.errors import BufferIntegrityError, ConfigError, NotBuiltError, SiteError
-from usae_probe.probes import CATEGORIES, UniversalityReport, evaluate, one_site_per_model
+from usae_probe.errors import BufferIntegrityError, ConfigError, NotBuiltError, SiteError, UsageError
+from usae_probe.images import Annotation
+from usae_probe.probes import CATEGORIES, LatentRecord, UniversalityReport, evaluate, one_site_per_model
+from usae_probe.probes.universality import Category
 from usae_probe.usae import USAE, train
 
 from . import oracles
@@ -174,7 +177,8 @@ def test_csv(report: UniversalityReport) -> None:
     ]
     by_pair = [f"{name}[m/late|n/layer]" for name in ("cofires", "jaccard", "lift", "phi", "p", "q")]
     plain = ["latent", "category", "split", "fires_in", "entropy", "q", "total_energy"]
-    assert list(rows[0]) == plain + by_site + by_pair
+    labels = ["follows", "auroc[m/late]", "auroc[n/layer]"]
+    assert list(rows[0]) == plain + by_site + by_pair + labels
     for row, record in zip(rows, report.latents, strict=True):
         assert row["category"] == record.category
         assert row["split"] == str(int(record.split))
@@ -184,6 +188,142 @@ def test_csv(report: UniversalityReport) -> None:
         assert float(row["phi[m/late|n/layer]"]) == pytest.approx(record.pairs[CLASS_SITES].phi, rel=1e-5, abs=1e-12)
         assert "nan" not in ",".join(row.values()).lower()
         assert (row["entropy"] == "") == math.isnan(record.entropy)
+        assert [row[column] for column in labels] == ["", "", ""]  # nothing is known about these images
+
+
+@pytest.fixture(scope="module")
+def known(usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> list[Annotation]:
+    """Images are red that fire one universal latent in one of the models; noise tells nothing."""
+    chosen = report.universal[0].latent
+    rows = buffer.read("holdout")
+    fires = oracles.dense_codes(usae, rows.values)["n/layer"][:, chosen] > 0
+    hue = np.full(900, -1)  # nothing is known about the images of other splits
+    hue[rows.image_index] = fires
+    noise = np.random.default_rng(3).integers(0, 3, 900)
+    return [Annotation("noise", noise, ["a", "b", "c"]), Annotation("hue", hue, ["grey", "red"])]
+
+
+@pytest.fixture(scope="module")
+def labelled(usae: USAE, buffer: ActivationBuffer, known: list[Annotation]) -> UniversalityReport:
+    return evaluate(usae, buffer, annotations=known, auroc=0.7)
+
+
+class TestFactors:
+    def test_every_latent_against_pairs(
+        self, usae: USAE, buffer: ActivationBuffer, known: list[Annotation], labelled: UniversalityReport
+    ) -> None:
+        rows = buffer.read("holdout")
+        codes = oracles.dense_codes(usae, rows.values)
+        for k in range(0, 24, 5):
+            scores = {
+                (one.name, name): {
+                    site: oracles.auroc(codes[site][:, k], one.values[rows.image_index] == v) for site in CLASS_SITES
+                }
+                for one in known
+                for v, name in enumerate(one.names)
+            }
+            follows = labelled.latents[k].follows
+            assert follows is not None
+            # float32 codes and float64 ones can order near-equal values otherwise
+            assert follows.auroc == pytest.approx(scores[follows.factor, follows.value], abs=1e-3)
+            assert min(follows.auroc.values()) >= max(min(s.values()) for s in scores.values()) - 1e-3
+
+    def test_the_latent_that_was_planted(self, report: UniversalityReport, labelled: UniversalityReport) -> None:
+        record = labelled.universal[0]
+        assert record.latent == report.universal[0].latent
+        assert record.follows is not None
+        assert record.follows[:2] == ("hue", "red")
+        assert record.follows.auroc["n/layer"] == 1.0
+        assert list(record.follows.auroc) == list(CLASS_SITES)
+        assert record in labelled.following
+
+    def test_following(self, labelled: UniversalityReport) -> None:
+        for record in labelled.latents:
+            expected = len(record.fires_in) == 2 and record.follows and min(record.follows.auroc.values()) >= 0.7
+            assert (record in labelled.following) == bool(expected)
+        energies = [record.total_energy for record in labelled.following]
+        assert energies == sorted(energies, reverse=True)
+
+    def test_files(self, labelled: UniversalityReport) -> None:
+        content = json.loads(labelled.to_json())
+        assert content["factors"] == {
+            "names": ["noise", "hue"],
+            "n_values": 5,
+            "auroc": 0.7,
+            "n_following": len(labelled.following),
+        }
+        first = content["top_latents"][0]["follows"]
+        assert (first["factor"], first["value"], first["auroc"]["n/layer"]) == ("hue", "red", 1.0)
+        rows = list(csv.DictReader(io.StringIO(labelled.to_csv())))
+        row, record = rows[labelled.universal[0].latent], labelled.universal[0]
+        assert row["follows"] == "hue=red"
+        assert float(row["auroc[m/late]"]) == pytest.approx(record.follows.auroc["m/late"], rel=1e-5)
+
+    def test_nothing_else_changes(self, report: UniversalityReport, labelled: UniversalityReport) -> None:
+        without = [replace(record, follows=None) for record in labelled.latents]
+        assert repr(without) == repr(report.latents)  # NaN equals no NaN, but is spelt like it
+        assert report.to_dict()["factors"] is None
+        assert report.following == []
+        assert {record.follows for record in report.latents} == {None}
+
+    def test_annotations_of_other_images(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        short = Annotation("hue", np.zeros(500, dtype=np.int64), ["red"])
+        with pytest.raises(UsageError, match=r"annotation 'hue' has 500 values, none for image \d+ \(give the annot"):
+            evaluate(usae, buffer, annotations=[short])
+
+
+class TestSummaries:
+    def test_top_latents(self, report: UniversalityReport) -> None:
+        top = report.to_dict()["top_latents"]
+        partial = sorted(
+            (record for record in report.latents if record.category == "partial"), key=lambda r: -r.total_energy
+        )
+        expected = (report.universal + partial)[:10]
+        assert [entry["latent"] for entry in top] == [record.latent for record in expected]
+        for entry, record in zip(top, expected, strict=True):
+            assert list(entry) == ["latent", "category", "rate", "entropy", "phi", "total_energy", "follows"]
+            assert entry["category"] == record.category
+            assert entry["rate"] == {site: record.rate[site] for site in CLASS_SITES}
+            assert (entry["entropy"], entry["total_energy"]) == (record.entropy, record.total_energy)
+            assert entry["phi"] == record.pairs[CLASS_SITES].phi
+            assert entry["follows"] is None
+
+    def test_universal_come_before_partial_and_ten_are_enough(self, report: UniversalityReport) -> None:
+        base = report.universal[0]
+
+        def made(latent: int, category: Category, energy: float) -> LatentRecord:
+            return replace(base, latent=latent, category=category, energy={"m/late": energy})
+
+        records = [made(i, "partial" if i % 2 else "universal", float(i)) for i in range(16)]
+        top = replace(report, latents=[*records, made(16, "chance", 99.0)]).to_dict()["top_latents"]
+        assert [entry["latent"] for entry in top] == [14, 12, 10, 8, 6, 4, 2, 0, 15, 13]
+
+    def test_the_smallest_phi_of_three_pairs(self, report: UniversalityReport) -> None:
+        record = report.universal[0]
+        pair = record.pairs[CLASS_SITES]
+        three = {("a", "b"): pair._replace(phi=0.7), ("a", "c"): pair._replace(phi=0.3), ("b", "c"): pair}
+        assert replace(record, pairs=three).phi == min(0.3, pair.phi)
+        assert math.isnan(replace(record, pairs={}).phi)
+        assert replace(record, pairs={}, entropy=math.nan).to_dict(CLASS_SITES)["phi"] is None
+
+    def test_entropy_histogram_by_hand(self, report: UniversalityReport) -> None:
+        base = report.latents[0]
+        # .3 begins the bin [.3, .4); 1, and 1 by a rounding error more, end the last; NaN, rare and dead count nowhere
+        given: list[tuple[Category, float]] = [
+            ("universal", 1.0), ("universal", 0.95), ("universal", 1.0 + 2e-16), ("partial", 1.0), ("chance", 0.3),
+            ("specific", 0.0), ("specific", 0.0999), ("specific", math.nan), ("rare", 0.5), ("dead", math.nan),
+        ]  # fmt: skip
+        latents = [replace(base, category=category, entropy=entropy) for category, entropy in given]
+        assert replace(report, latents=latents).to_dict()["entropy_histogram"] == {
+            "edges": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+            "universal": [0, 0, 0, 0, 0, 0, 0, 0, 0, 3],
+            "others": [2, 0, 0, 1, 0, 0, 0, 0, 0, 1],
+        }
+
+    def test_entropy_histogram_counts_all_that_fire(self, report: UniversalityReport) -> None:
+        bins = report.to_dict()["entropy_histogram"]
+        assert sum(bins["universal"]) == report.counts["universal"]
+        assert sum(bins["others"]) == sum(report.counts[name] for name in ("partial", "chance", "specific"))
 
 
 class TestClassSites:
@@ -233,7 +373,7 @@ class TestSettings:
         assert found.r2_train["m/late"] == pytest.approx(oracles.r2(usae, every_ninth)["m/late"], abs=1e-5)
 
     def test_unknown(self, usae: USAE, buffer: ActivationBuffer) -> None:
-        with pytest.raises(ConfigError, match=r"unknown config key 'phy' \(did you mean 'phi'"):
+        with pytest.raises(ConfigError, match=r"unknown setting 'phy' \(did you mean 'phi'"):
             evaluate(usae, buffer, phy=0.3)
 
     def test_progress(self, usae: USAE, buffer: ActivationBuffer) -> None:
@@ -249,6 +389,7 @@ def test_one_site_alone(buffer: ActivationBuffer) -> None:
     assert {record.category for record in report.latents} <= {"specific", "rare", "dead"}
     assert report.universal == []
     assert report.latents[0].pairs == {}
+    assert report.to_dict()["entropy_histogram"]["others"] == [0] * 10
     assert "NaN" not in report.to_json()
     assert len(report.to_csv().splitlines()) == 25
 

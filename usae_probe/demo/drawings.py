@@ -82,7 +82,9 @@ def draw_images(n: int, *, size: int = 64, seed: int = 0) -> Drawings:
 
 
 def save_drawings(path: str | Path, drawings: Drawings) -> Path:
-    """Write a .npz that `open_source` reads: `images`, `labels` (the shape) and one integer array per factor.
+    """Write a .npz that `open_source` reads: `images`, and per factor its values (integers) and their names.
+
+    The names of the values of `colour` are the strings `colour_names`; value v is called by name v.
 
     The file appears whole or not at all: it is written under a temporary name in the same folder and renamed.
 
@@ -96,7 +98,8 @@ def save_drawings(path: str | Path, drawings: Drawings) -> Path:
     path = Path(path)
     if path.suffix != ".npz":
         raise ConfigError(f"{path} does not end in .npz")
-    arrays: dict[str, Any] = {"images": drawings.images, "labels": drawings.factors["shape"], **drawings.factors}
+    names = {f"{name}_names": np.array(values) for name, values in drawings.factor_names.items()}
+    arrays: dict[str, Any] = {"images": drawings.images, **drawings.factors, **names}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
     return path

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from .annotations import Annotation, annotations_of
+from .decode import decode_file
 from .loading import LoadedImages, SkippedImage, iter_batches, load_images
 from .opaque import OpaqueTransform
 from .preprocess import Preprocessing
 from .sources import ArraySource, DatasetSource, FolderSource, ImageSource, open_source
 
 __all__ = [
+    "Annotation",
     "ArraySource",
     "DatasetSource",
     "FolderSource",
@@ -16,6 +19,8 @@ __all__ = [
     "OpaqueTransform",
     "Preprocessing",
     "SkippedImage",
+    "annotations_of",
+    "decode_file",
     "iter_batches",
     "load_images",
     "open_source",

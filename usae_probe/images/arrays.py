@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,15 @@ class ArraySource:
         images: uint8 [N, H, W, 3], N ≥ 1.
         labels: integers [N], a class per picture.
         factors: further integers [N] by name: what the pictures were drawn from, say.
+        value_names: names of the values of a factor, or of `labels`: value v is called `value_names[factor][v]`. The
+            values are then places in that list, −1 where unknown.
         location: where the array came from, for people to read.
 
     Raises:
-        ImageError: for other shapes or dtypes, saying what was found.
+        ImageError: for other shapes or dtypes, saying what was found; for a name too few, or of nothing.
     """
 
     kind = "array"
-    class_names: list[str] | None = None
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class ArraySource:
         *,
         labels: np.ndarray | None = None,
         factors: Mapping[str, np.ndarray] | None = None,
+        value_names: Mapping[str, Sequence[str]] | None = None,
         location: str = "memory",
     ) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
@@ -47,17 +49,22 @@ class ArraySource:
         self.images = images
         self.labels = labels
         self.factors = dict(factors or {})
+        self.value_names = {name: list(names) for name, names in (value_names or {}).items()}
+        self.class_names = self.value_names.get("labels")
         self.location = location
         for name, values in self._annotations().items():
             if not _is_annotation(values, len(images)):
                 raise ImageError(f"{name} of {location} is {_found(values)}, expected integers [{len(images)}]")
+        for name, names in self.value_names.items():
+            self._demand_names(name, names)
 
     @classmethod
     def open(cls, path: Path) -> ArraySource:
         """Open a .npy or .npz file.
 
         Of a .npz the pictures are the array `images`, or else the only uint8 array with four axes; `labels` and every
-        further array of N integers come along.
+        further array of N integers (a factor) come along, and the names of their values: `colour_names`, an array of
+        strings, names the values of `colour`, and `labels_names` the classes.
 
         Raises:
             ImageError: when the file is damaged or does not hold such arrays.
@@ -77,7 +84,10 @@ class ArraySource:
         images = arrays.pop(name)
         labels = arrays.pop("labels", None)
         factors = {key: values for key, values in arrays.items() if _is_annotation(values, len(images))}
-        return cls(images, labels=labels, factors=factors, location=str(path))
+        annotated = [*(["labels"] if labels is not None else []), *factors]
+        named = [name for name in annotated if f"{name}_names" in arrays and f"{name}_names" not in factors]
+        value_names = {name: _names(arrays[f"{name}_names"], f"{name}_names of {path}") for name in named}
+        return cls(images, labels=labels, factors=factors, value_names=value_names, location=str(path))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,6 +114,17 @@ class ArraySource:
                 digest.update(np.ascontiguousarray(array[start : start + rows]).data)
         return digest.hexdigest()
 
+    def _demand_names(self, name: str, names: list[str]) -> None:
+        known = ({} if self.labels is None else {"labels": self.labels}) | self.factors
+        if name not in known:
+            raise ImageError(f"value_names of {self.location} name {name!r}, expected one of {', '.join(known)}")
+        lowest, highest = int(known[name].min()), int(known[name].max())
+        if lowest < -1 or highest >= len(names):
+            raise ImageError(
+                f"{self.location} has {len(names)} names for the values of {name}, which go from {lowest} to {highest}",
+                hint="value v is called by name v; -1 means unknown",
+            )
+
     def _annotations(self) -> dict[str, np.ndarray]:
         labels = {} if self.labels is None else {"labels": self.labels}
         return {**labels, **{f"factor {name}": values for name, values in self.factors.items()}}
@@ -111,6 +132,12 @@ class ArraySource:
 
 def _is_annotation(values: np.ndarray, n: int) -> bool:
     return values.shape == (n,) and np.issubdtype(values.dtype, np.integer)
+
+
+def _names(array: np.ndarray, what: str) -> list[str]:
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ImageError(f"{what} is {_found(array)}, expected strings (dtype U) along one axis")
+    return [str(name) for name in array]
 
 
 def _find_images(arrays: Mapping[str, np.ndarray], path: Path) -> str:

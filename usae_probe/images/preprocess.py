@@ -71,6 +71,15 @@ class Preprocessing:
         if not 0 < self.crop_pct <= 1:
             raise ConfigError(f"crop_pct is {self.crop_pct!r}, expected a share above 0 and at most 1")
 
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """Height and width of a picture before the crop, `floor(image_size / crop_pct)` per side.
+
+        A picture of just this size is not resampled, whatever the crop mode.
+        """
+        height, width = self.image_size
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
     def __call__(self, images: Batch) -> Float[Tensor, "b 3 h w"]:
         """Resize, crop and normalise; see `resize_crop` for what `images` may be."""
         return self.normalise(self.resize_crop(images))
@@ -144,7 +153,7 @@ class Preprocessing:
 
     def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
         """Size after scaling and before the crop, rounded as timm does."""
-        target_h, target_w = (math.floor(side / self.crop_pct) for side in self.image_size)
+        target_h, target_w = self.canvas_size
         if self.crop_mode == "squash":
             return target_h, target_w
         if target_h == target_w:

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from ..buffer import ActivationBuffer, Rows
-from ..config import ProbesConfig, checked
+from ..config import ProbesConfig, settled
 from ..errors import BufferIntegrityError, NotBuiltError, SiteError, nearest
+from ..images import Annotation
 from ..split import SplitName
 from ..usae import USAE, ReconstructionSums
+from .factors import FactorScores, Follows
 from .firing import FiringCounts
-from .report import LatentRecord, PairRecord, UniversalityReport
+from .records import LatentRecord, PairRecord
+from .report import UniversalityReport
 from .universality import CATEGORIES, Classes, classify, split_latents
 
 CHUNK_ROWS = 1024
@@ -23,6 +26,7 @@ def evaluate(
     usae: USAE,
     buffer: ActivationBuffer,
     *,
+    annotations: Sequence[Annotation] = (),
     config: ProbesConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
@@ -32,41 +36,34 @@ def evaluate(
     Args:
         usae: a trained USAE.
         buffer: row-paired activations of (at least) its sites.
+        annotations: what is known about the images that were harvested, as `annotations_of(source)` gives it; then
+            every latent is compared with every value (see `FactorScores`), which keeps its fires in memory.
         config: thresholds as read from a config file; single ones by name as `settings`.
         progress: called with (rows done, rows in all).
 
     Raises:
         BufferIntegrityError: when the buffer lacks a site or has no held-out rows.
         SiteError: when `sites` names something the USAE does not have.
+        UsageError: when the annotations are those of other images.
     """
-    config = checked(ProbesConfig, (config or ProbesConfig()).model_dump() | settings)
+    (config,) = settled((config or ProbesConfig(),), settings)
     class_sites = one_site_per_model(usae.sites, config.sites)
     _check(usae, buffer)
     n_eval, n_train = buffer.n_rows("holdout"), min(buffer.n_rows("train"), config.train_rows)
-    report = _Progress(progress, n_eval + n_train)
+    done = RowProgress(progress, n_eval + n_train)
     held_out, training = ReconstructionSums(usae), ReconstructionSums(usae)
     counts = FiringCounts(usae.sites, usae.n_latents, config.tau)
+    scores = FactorScores(class_sites, usae.n_latents, annotations)
     for rows in buffer.chunks("holdout", CHUNK_ROWS, list(usae.sites)):
-        counts.add(held_out.add(rows.values))
-        report.add(rows.n)
+        codes = held_out.add(rows.values)
+        counts.add(codes)
+        if annotations:
+            scores.add(codes, rows.image_index)
+        done.add(rows.n)
     for rows in _some_rows(buffer, "train", n_train, list(usae.sites)):
         training.add(rows.values)
-        report.add(rows.n)
-    classes = classify(counts, class_sites, config)
-    decoders = {site: usae.decoder(site).detach().cpu().numpy() for site in class_sites}
-    split = split_latents(decoders, classes, class_sites, config.split_cosine)
-    return UniversalityReport(
-        sites=usae.sites,
-        class_sites=class_sites,
-        r2=held_out.r2(),
-        r2_train=training.r2(),
-        r2_global_mean=held_out.r2_global_mean(),
-        counts={name: int((classes.category == name).sum()) for name in CATEGORIES},
-        n_split=int(split.sum()),
-        n_rows_train=training.n_rows,
-        n_rows_eval=held_out.n_rows,
-        latents=list(_records(usae, counts, classes, split, class_sites)),
-    )
+        done.add(rows.n)
+    return _report(usae, config, class_sites, held_out, training, counts, scores)
 
 
 def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -95,24 +92,42 @@ def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None)
     return tuple(asked)
 
 
-class _Progress:
+class RowProgress:
+    """Tells a callback how many rows of how many are done.
+
+    Args:
+        callback: called with (rows done, rows in all); may be None.
+        total: rows in all.
+    """
+
     def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
         self.callback, self.total, self.done = callback, total, 0
 
     def add(self, rows: int) -> None:
+        """Say that so many more rows are done."""
         self.done += rows
         if self.callback:
             self.callback(self.done, self.total)
 
 
-def _check(usae: USAE, buffer: ActivationBuffer) -> None:
-    for site in usae.sites:
+def check_sites(usae: USAE, buffer: ActivationBuffer, sites: Sequence[str]) -> None:
+    """Check that the buffer has rows of these sites as the USAE was trained on.
+
+    Raises:
+        BufferIntegrityError: naming the first site that it has not, or of another width.
+    """
+    for site in sites:
         if buffer.d_in.get(site) != usae.d_in[site]:
             found = f"d_in {buffer.d_in[site]}" if site in buffer.d_in else "no such site"
             raise BufferIntegrityError(
                 f"the USAE was trained on '{site}' with d_in {usae.d_in[site]}, the buffer has {found}",
                 hint="evaluate on the buffer it was trained on",
             )
+
+
+def _check(usae: USAE, buffer: ActivationBuffer) -> None:
+    check_sites(usae, buffer, usae.sites)
+    for site in usae.sites:
         if buffer.specs[site].rows_per_image != 1:
             raise NotBuiltError(
                 f"site '{site}' has rows_per_image = {buffer.specs[site].rows_per_image}; statistics over several rows "
@@ -134,8 +149,42 @@ def _some_rows(buffer: ActivationBuffer, split: SplitName, n: int, sites: list[s
         yield buffer.gather(split, chosen[start : start + CHUNK_ROWS], sites)
 
 
+def _report(
+    usae: USAE,
+    config: ProbesConfig,
+    class_sites: tuple[str, ...],
+    held_out: ReconstructionSums,
+    training: ReconstructionSums,
+    counts: FiringCounts,
+    scores: FactorScores,
+) -> UniversalityReport:
+    classes = classify(counts, class_sites, config)
+    decoders = {site: usae.decoder(site).detach().cpu().numpy() for site in class_sites}
+    split = split_latents(decoders, classes, class_sites, config.split_cosine)
+    return UniversalityReport(
+        sites=usae.sites,
+        class_sites=class_sites,
+        r2=held_out.r2(),
+        r2_train=training.r2(),
+        r2_global_mean=held_out.r2_global_mean(),
+        counts={name: int((classes.category == name).sum()) for name in CATEGORIES},
+        n_split=int(split.sum()),
+        n_rows_train=training.n_rows,
+        n_rows_eval=held_out.n_rows,
+        latents=list(_records(usae, counts, classes, split, scores.follows(), class_sites)),
+        factors=tuple(annotation.name for annotation in scores.annotations),
+        n_values=scores.n_values,
+        auroc=config.auroc,
+    )
+
+
 def _records(
-    usae: USAE, counts: FiringCounts, classes: Classes, split: np.ndarray, class_sites: tuple[str, ...]
+    usae: USAE,
+    counts: FiringCounts,
+    classes: Classes,
+    split: np.ndarray,
+    follows: Sequence[Follows | None],
+    class_sites: tuple[str, ...],
 ) -> Iterator[LatentRecord]:
     norms = dict(zip(usae.sites, usae.decoder_norms().detach().cpu().double().numpy(), strict=True))
     norm_sum = np.maximum(sum(norms.values()), 1e-12)
@@ -163,4 +212,5 @@ def _records(
                 for key, pair in classes.pairs.items()
             },
             **{name: {site: values[site][k].item() for site in usae.sites} for name, values in by_site.items()},
+            follows=follows[k],
         )

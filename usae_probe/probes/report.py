@@ -1,67 +1,24 @@
-"""What an evaluation found: the report, its latents, and their files."""
+"""What an evaluation found: the report and its files."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from ..usae import Matrix
-from .firing import Pair
+from .records import LatentRecord, PairRecord, finite
 from .universality import CATEGORIES, Category
 
+__all__ = ["LatentRecord", "PairRecord", "UniversalityReport"]
+
 SCHEMA = 1
-
-
-class PairRecord(NamedTuple):
-    """Co-firing of one latent in one pair of sites; see `CoFiring`. q is over the latents firing in both."""
-
-    cofires: int
-    jaccard: float
-    lift: float
-    phi: float
-    p: float
-    q: float
-
-
-@dataclass(frozen=True)
-class LatentRecord:
-    """One latent.
-
-    Attributes:
-        latent: its number.
-        category: its class.
-        split: marked as one of two one-model latents with equal decoder rows.
-        fires_in: class sites it counts as firing in.
-        entropy: firing entropy over the class sites; NaN when it never fires there.
-        q: of the universality test (maximum p over pairs).
-        fires, rate, mean, maximum, energy, decoder_norm: by site; energy is E|z_k| ‖W_dec,k‖, decoder_norm the site's
-            share of the sum of ‖W_dec,k‖ over sites.
-        pairs: co-firing by pair of class sites.
-    """
-
-    latent: int
-    category: Category
-    split: bool
-    fires_in: tuple[str, ...]
-    entropy: float
-    q: float
-    fires: dict[str, int]
-    rate: dict[str, float]
-    mean: dict[str, float]
-    maximum: dict[str, float]
-    energy: dict[str, float]
-    decoder_norm: dict[str, float]
-    pairs: dict[Pair, PairRecord]
-
-    @property
-    def total_energy(self) -> float:
-        """Energy summed over sites."""
-        return sum(self.energy.values())
+N_TOP = 10
+"""Latents that `metrics.json` lists."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +33,9 @@ class UniversalityReport:
         n_split: latents marked as split.
         n_rows_train, n_rows_eval: rows behind `r2_train` and everything else.
         latents: one record per latent, by number.
+        factors: names of what is known about the images (their annotations); empty when nothing is.
+        n_values: values of those factors that latents were compared with.
+        auroc: AUROC in every class site from which on a latent counts as following a value.
     """
 
     sites: tuple[str, ...]
@@ -88,15 +48,40 @@ class UniversalityReport:
     n_rows_train: int
     n_rows_eval: int
     latents: list[LatentRecord]
+    factors: tuple[str, ...] = ()
+    n_values: int = 0
+    auroc: float = 0.9
 
     @property
     def universal(self) -> list[LatentRecord]:
         """The universal latents, most energy first."""
-        found = [record for record in self.latents if record.category == "universal"]
+        return self._by_energy("universal")
+
+    @property
+    def following(self) -> list[LatentRecord]:
+        """The latents that fire in every class site and follow one value in all of them, most energy first."""
+        found = [
+            record
+            for record in self.latents
+            if record.follows
+            and set(record.fires_in) == set(self.class_sites)
+            and min(record.follows.auroc.values()) >= self.auroc
+        ]
         return sorted(found, key=lambda record: -record.total_energy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `metrics.json`; what is not a number there is null."""
+        """Return the content of `metrics.json`; what is not a number there is null.
+
+        `entropy_histogram` is over the latents that are neither rare nor dead. `top_latents` are the universal ones by
+        energy, after them the partial ones.
+        """
+        top = (self.universal + self._by_energy("partial"))[:N_TOP]
+        factors = {
+            "names": list(self.factors),
+            "n_values": self.n_values,
+            "auroc": self.auroc,
+            "n_following": len(self.following),
+        }
         return {
             "schema": SCHEMA,
             "sites": list(self.sites),
@@ -109,6 +94,9 @@ class UniversalityReport:
             "n_latents": len(self.latents),
             "n_rows_train": self.n_rows_train,
             "n_rows_eval": self.n_rows_eval,
+            "entropy_histogram": _entropy_histogram(self.latents),
+            "top_latents": [record.to_dict(self.class_sites) for record in top],
+            "factors": factors if self.factors else None,
         }
 
     def to_json(self) -> str:
@@ -118,7 +106,7 @@ class UniversalityReport:
     def to_csv(self) -> str:
         """Return the latent table, a row per latent (the content of `latents.csv`)."""
         text = io.StringIO()
-        rows = list(self._csv_rows())
+        rows = [record.to_row(self.class_sites) for record in self.latents]
         writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["latent"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -128,29 +116,24 @@ class UniversalityReport:
         counts = ", ".join(f"{self.counts[name]} {name}" for name in CATEGORIES)
         return f"UniversalityReport({len(self.latents)} latents: {counts}; {self.n_rows_eval} held-out rows)"
 
-    def _csv_rows(self) -> Iterator[dict[str, Any]]:
-        for record in self.latents:
-            row: dict[str, Any] = {
-                "latent": record.latent,
-                "category": record.category,
-                "split": int(record.split),
-                "fires_in": " ".join(record.fires_in),
-                "entropy": _cell(record.entropy),
-                "q": _cell(record.q),
-                "total_energy": _cell(record.total_energy),
-            }
-            for name in ("fires", "rate", "mean", "maximum", "energy", "decoder_norm"):
-                row |= {f"{name}[{site}]": _cell(value) for site, value in getattr(record, name).items()}
-            for (a, b), pair in record.pairs.items():
-                row |= {f"{name}[{a}|{b}]": _cell(value) for name, value in pair._asdict().items()}
-            yield row
+    def _by_energy(self, category: Category) -> list[LatentRecord]:
+        found = [record for record in self.latents if record.category == category]
+        return sorted(found, key=lambda record: -record.total_energy)
 
 
-def _cell(value: float | int) -> str | int:
-    if isinstance(value, int):
-        return value
-    return "" if math.isnan(value) else f"{value:.6g}"
+def _entropy_histogram(latents: list[LatentRecord]) -> dict[str, list[float] | list[int]]:
+    """Count firing entropies in tenths, 1 in the last; NaN and latents that hardly fire are left out."""
+    edges = [i / 10 for i in range(11)]
+    counted = [r for r in latents if r.category not in ("rare", "dead") and finite(r.entropy) is not None]
+    universal = [r.entropy for r in counted if r.category == "universal"]
+    others = [r.entropy for r in counted if r.category != "universal"]
+    # Clipped: the sum of many logarithms can exceed 1 by rounding.
+    bins = {
+        name: np.histogram(np.clip(values, 0, 1), edges)[0].tolist()
+        for name, values in (("universal", universal), ("others", others))
+    }
+    return {"edges": edges, **bins}
 
 
 def _jsonable(matrix: Matrix) -> dict[str, dict[str, float | None]]:
-    return {s: {t: v if math.isfinite(v) else None for t, v in row.items()} for s, row in matrix.items()}
+    return {s: {t: finite(v) for t, v in row.items()} for s, row in matrix.items()}
