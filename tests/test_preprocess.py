@@ -154,6 +154,24 @@ def test_right_size_is_not_resampled():
     assert torch.equal(resizer(12).resize_crop(wide), wide[..., 4:16].float() / 255)
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct", "canvas"),
+    # floor(24/.875) = floor(27.43), floor(31/.95) = floor(32.63), floor(20/.9) = floor(22.2), floor(30/.9) = 33
+    [((24, 24), 1.0, (24, 24)), ((24, 24), 0.875, (27, 27)), ((31, 31), 0.95, (32, 32)), ((20, 30), 0.9, (22, 33))],
+)
+def test_a_picture_of_canvas_size_is_only_cropped(
+    image_size: tuple[int, int], crop_pct: float, canvas: tuple[int, int], crop_mode: str
+):
+    preprocessing = Preprocessing(image_size, ZERO, ONE, crop_pct=crop_pct, crop_mode=crop_mode)
+    assert preprocessing.canvas_size == canvas
+    picture = torch.randint(0, 256, (1, 3, *canvas), dtype=torch.uint8)
+    (height, width), (top, left) = image_size, (round((a - b) / 2) for a, b in zip(canvas, image_size, strict=True))
+    expected = picture[..., top : top + height, left : left + width].float() / 255
+    assert torch.equal(preprocessing.resize_crop(picture), expected)
+    assert torch.equal(preprocessing.resize_crop(picture.double() / 255).float(), expected)
+
+
 def test_crop_rounds_halves_to_even_as_torchvision():
     # Margins of 1 and 3 pixels: round(.5) = 0 and round(1.5) = 2.
     for width, left in [(13, 0), (15, 2)]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usae_probe.errors import ConfigError, SiteError, UsaeProbeWarning
+from usae_probe.errors import ConfigError, SiteError, UsaeProbeWarning, UsageError
 from usae_probe.usae import USAE, Codes
 
 from . import oracles
@@ -108,6 +108,33 @@ def test_gradients_reach_raw_rows_through_the_values() -> None:
     # dz/dx = Σ over firing latents of W_enc / s
     firing = (usae.to_dense(codes) > 0).double()
     torch.testing.assert_close(grad, firing @ usae.W_enc[0] / usae.scale[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pre_activation_of_a_few_latents_with_its_gradient(kernel: str, dtype: torch.dtype) -> None:
+    usae = random_usae(kernel, dtype)
+    parameters = oracles.Parameters.of(usae)
+    latents = [19, 0, 7, 7]
+    for i, (site, d) in enumerate(DIMS.items()):
+        x = (3 * torch.randn(5, d, dtype=torch.float64) + 2).requires_grad_()
+        mean, scale = usae.mean[usae.columns[site]].double(), usae.scale[i].double()
+        expected = parameters.z_pre((x - mean) / scale, site)[:, latents]
+        weights = torch.randn(5, 4, dtype=torch.float64)  # the gradient is asked for where z_pre < 0 too
+        (expected_grad,) = torch.autograd.grad((weights * expected).sum(), x)
+        for chosen in (latents, torch.tensor(latents)):
+            rows = x.detach().to(dtype).requires_grad_()
+            found = usae.pre_activation(rows, site, chosen)
+            (grad,) = torch.autograd.grad((weights.to(dtype) * found).sum(), rows)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5)
+    assert usae.pre_activation(rows, site, []).shape == (5, 0)
+    assert usae.pre_activation(rows.half(), site, [3]).dtype == dtype  # rows of a model in another dtype
+    for wrong in (20, -1):
+        with pytest.raises(UsageError, match=f"latent {wrong} is out of range: the USAE has latents 0 to 19"):
+            usae.pre_activation(rows, site, [3, wrong])
+    with pytest.raises(SiteError, match=r"given rows of shape \[5, 1\]"):
+        usae.pre_activation(rows[:, :1], site, [3])
 
 
 def test_tied_initialisation() -> None:

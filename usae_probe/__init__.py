@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .images import Preprocessing
     from .pipeline import Run
     from .probes import UniversalityReport, evaluate
+    from .probes.cam import CamPicture, maximize
     from .sites import Site
     from .usae import USAE, Codes, TrainResult, train
 
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationBuffer": "buffer",
+    "CamPicture": "probes.cam",
     "Codes": "usae",
     "HookedModel": "hooks",
     "Preprocessing": "images",
@@ -39,12 +41,14 @@ _HOMES = {
     "attach": "adapter",
     "evaluate": "probes",
     "harvest": "harvesting",
+    "maximize": "probes.cam",
     "train": "usae",
 }
 
 __all__ = [
     "USAE",
     "ActivationBuffer",
+    "CamPicture",
     "Codes",
     "HookedModel",
     "Preprocessing",
@@ -57,6 +61,7 @@ __all__ = [
     "attach",
     "evaluate",
     "harvest",
+    "maximize",
     "train",
 ]
 

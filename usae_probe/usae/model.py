@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError, SiteError, UsaeProbeWarning, nearest
+from ..errors import ConfigError, SiteError, UsaeProbeWarning, UsageError, nearest
 from ..shapes import Decoder, LatentVector, RowMatrix
 from .kernels import Codes, Kernel, Support, choose_kernel, fold_bias, select_topk, to_dense
 
@@ -116,6 +116,35 @@ class USAE(nn.Module):
         """Return the encoder product of normalised rows, [b, n_latents]."""
         index = self.site_index(site)
         return self.kernel.pre(x_normalised, self.W_enc[index], self._bias(index))
+
+    def pre_activation(self, x: RowMatrix, site: str, latents: Tensor | Sequence[int]) -> Float[Tensor, "b l"]:
+        """Return z_pre of a few latents, for rows in the model's own units, with its graph on any kernel.
+
+            z_pre[:, latents] = (x̃ − b_dec) W_enc[latents]ᵀ + b_enc[latents],   x̃ = (x − μ) / s
+
+        What activation maximisation climbs: unlike z, it has a gradient also where the latent is not selected.
+
+        Args:
+            x: [b, d_in[site]], on any device.
+            site: the site the rows come from.
+            latents: [l] numbers of latents.
+
+        Returns:
+            [b, l], differentiable in x.
+
+        Raises:
+            SiteError: for an unknown site, or rows of another width than the site's.
+            UsageError: for a latent out of range.
+        """
+        index = self.site_index(site)
+        chosen = torch.as_tensor(latents, dtype=torch.long)
+        outside = chosen[(chosen < 0) | (chosen >= self.n_latents)].tolist()
+        if outside:
+            raise UsageError(f"latent {outside[0]} is out of range: the USAE has latents 0 to {self.n_latents - 1}")
+        chosen = chosen.to(self.W_dec.device)
+        centred = self.normalise(x, site) - self.b_dec[self.columns[site]]
+        z_pre: Tensor = centred @ self.W_enc[index][chosen].T + self.b_enc[index][chosen]
+        return z_pre
 
     def encode_at(self, x_normalised: RowMatrix, site: str, z_pre: Float[Tensor, "b n"], support: Support) -> Tensor:
         """Return the site's own values at a given support, [b, k]."""

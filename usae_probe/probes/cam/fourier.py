@@ -1,0 +1,80 @@
+"""Pictures as Fourier coefficients with decorrelated colours (Olah et al. 2017, Feature Visualization).
+
+Gradient ascent on these coefficients instead of pixels is steepest ascent under another metric: all frequencies and
+colours of natural pictures come in at a like pace, and the picture is not high-frequency noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+# Square root of the covariance of ImageNet's colours (rows red, green, blue), as published with the paper.
+COLOUR_SQRT = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+START_SD = 0.01
+_CONTRAST = 1 / 4  # of the published code: with it, START_SD begins at a nearly grey picture of any size
+
+Spectrum = Float[Tensor, "b 3 h f 2"]
+"""Real and imaginary coefficients: b pictures, 3 decorrelated colours, h x (w // 2 + 1) frequencies."""
+Pictures = Float[Tensor, "b 3 h w"]
+"""Pictures in [0, 1]."""
+
+
+def picture_generator(seed: int, latent: int) -> torch.Generator:
+    """Return the random numbers (on CPU) of one latent's picture: the same whatever else is in its batch."""
+    mixed = np.random.SeedSequence([seed, latent]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def start_spectrum(
+    size: tuple[int, int], generators: Sequence[torch.Generator], dtype: torch.dtype = torch.float32
+) -> Spectrum:
+    """Draw the coefficients to start from: normal noise of standard deviation `START_SD`, a nearly grey picture.
+
+    Args:
+        size: height and width of the picture in pixels.
+        generators: one per picture.
+        dtype: float32 or float64; both start at the same numbers.
+    """
+    shape = (3, size[0], size[1] // 2 + 1, 2)
+    noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
+    return (START_SD * torch.stack(noise)).to(dtype)
+
+
+def to_pictures(spectrum: Spectrum, size: tuple[int, int]) -> Pictures:
+    """Turn coefficients into pictures, differentiably.
+
+        p = sigmoid(C y),   y = irfft2(c / max(|ν|, 1 / max(h, w))) / 4,   C = COLOUR_SQRT / (its largest column norm)
+
+    c are the complex coefficients, |ν| the frequency in cycles per pixel, irfft2 the orthonormal inverse transform of
+    every colour; C mixes the three decorrelated colours into red, green and blue.
+
+    Args:
+        spectrum: [b, 3, h, w // 2 + 1, 2].
+        size: h and w of the picture in pixels, odd or even.
+
+    Returns:
+        [b, 3, h, w] in [0, 1], in the spectrum's dtype.
+    """
+    coefficients = torch.view_as_complex(spectrum) * _spectrum_scale(size, spectrum)
+    decorrelated = torch.fft.irfft2(coefficients, s=size, norm="ortho") * _CONTRAST
+    mixing = torch.tensor(COLOUR_SQRT, dtype=torch.float64)
+    mixing = (mixing / mixing.norm(dim=0).max()).to(spectrum)
+    return torch.einsum("ck,bkhw->bchw", mixing, decorrelated).sigmoid()
+
+
+def to_levels(pictures: Pictures) -> UInt8[Tensor, "b 3 h w"]:
+    """Round pictures in [0, 1] to the 256 levels a file holds."""
+    return (pictures.detach() * 255).round().to(torch.uint8)
+
+
+def _spectrum_scale(size: tuple[int, int], like: Tensor) -> Float[Tensor, "h f"]:
+    """1 / max(|ν|, 1 / max(h, w)): natural pictures have amplitudes that fall with the frequency like this."""
+    height, width = size
+    down = torch.fft.fftfreq(height, dtype=like.dtype, device=like.device)
+    across = torch.fft.rfftfreq(width, dtype=like.dtype, device=like.device)
+    return 1 / torch.hypot(down[:, None], across).clamp_min(1 / max(height, width))
