@@ -1,9 +1,8 @@
-"""What people see: figures that open, and a terminal summary that holds its numbers at 80 columns."""
+"""What people see: figures that open, and tables, progress and errors in the terminal."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.console import Console, RenderableType
 from usae_probe.hooks import LayerInfo, Layout
 from usae_probe.probes import UniversalityReport
 from usae_probe.probes.universality import CATEGORIES
-from usae_probe.report import figures, terminal
+from usae_probe.report import figures, style, terminal
 
 NAN = float("nan")
 
@@ -83,7 +82,7 @@ def test_a_number_that_is_none_is_legible_in_the_matrix(tmp_path: Path) -> None:
     values = matrix(sites)
     values["a/x"]["b/y"] = NAN
     figures.r2_matrix(report(sites, r2=values, r2_train=values), tmp_path / "nan.png")
-    axis = figures._figure((3.0, 3.0)).subplots()
+    axis = style.new_figure((3.0, 3.0)).subplots()
     figures._heat_map(axis, values, sites)
     assert [(text.get_text(), text.get_color()) for text in axis.texts] == [
         ("0.000", "white"),
@@ -128,44 +127,12 @@ def printed(renderable: RenderableType, width: int = 80) -> str:
     return text
 
 
-def metrics_of(sites: tuple[str, ...], **changes: Any) -> dict[str, Any]:
-    return dict(json.loads(report(sites, **changes).to_json()), n_latents=18)
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 6, 12])
-def test_the_summary_holds_every_number_at_80_columns(n: int) -> None:
-    sites = sites_of(n)
-    text = printed(terminal.run_summary(metrics_of(sites), {"measures": Path("run/metrics.json")}))
-    for row in matrix(sites).values():
-        for value in row.values():
-            assert f"{value:.3f}" in text
-            assert f"({value + 0.001:.3f})" in text
-    assert "1,000 held-out rows" in text
-    assert "9,000 training rows" in text
-    for name in CATEGORIES:
-        assert name in text
-    assert "run/metrics.json" in text
-
-
 def test_the_colours_of_twelve_sites_differ() -> None:
     for n in (1, 7, 8, 12):
-        assert len(set(figures._cycle(n))) == n
-
-
-def test_numbers_that_are_not_finite_are_a_dash() -> None:
-    values = matrix(("a/x", "b/y"))
-    values["a/x"]["b/y"] = NAN
-    text = printed(terminal.run_summary(metrics_of(("a/x", "b/y"), r2=values, r2_train=values), {}))
-    assert "–" in text
-    assert "(–)" in text
-    assert "nan" not in text.lower()
+        assert len(set(style.cycle(n))) == n
 
 
 def test_markup_in_names_is_shown_as_it_is() -> None:
-    sites = ("[red]/x", "m/[bold]y[/bold]")
-    text = printed(terminal.run_summary(metrics_of(sites), {"measures": Path("[blue]/metrics.json")}, note="[i]note"))
-    for name in ("[red]/x", "m/[bold]y[/bold]", "[blue]/metrics.json", "[i]note"):
-        assert name in text
     info = LayerInfo("[red]", "[bold]Kind", (3, 4), 0, 1, 5, Layout("tokens", prefix=1), ("[blue]",))
     text = printed(terminal.layer_tables({"[green]": [info]}))
     for name in ("[red]", "[bold]Kind", "[green]", "3×4", "1+tokens"):

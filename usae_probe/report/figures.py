@@ -7,21 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
 from ..probes import UniversalityReport
 from ..usae import Matrix
+from .style import cycle, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe–Ito
-
 
 def r2_matrix(report: UniversalityReport, path: Path) -> None:
     """Draw R² of every source site (rows) to every target site (columns), held-out beside training rows."""
     size = len(report.sites)
-    figure = _figure((4.2 + 1.5 * size, 1.9 + 0.55 * size))
+    figure = new_figure((4.2 + 1.5 * size, 1.9 + 0.55 * size))
     axes = figure.subplots(1, 2, sharey=True)
     panels = (
         ("held-out rows", report.n_rows_eval, report.r2),
@@ -33,7 +31,7 @@ def r2_matrix(report: UniversalityReport, path: Path) -> None:
         axis.set_xlabel("decoded to")
     axes[0].set_ylabel("code of")
     figure.suptitle("R² of reconstruction, about the per-dimension mean", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -43,12 +41,12 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     sites = list(history[0]["losses"]) if history else []
     columns = max(1, int(9.0 / (0.6 + 0.06 * max(map(len, sites), default=0))))
-    figure = _figure((9.6, 3.6 + 0.16 * (len(sites) // columns)))
+    figure = new_figure((9.6, 3.6 + 0.16 * (len(sites) // columns)))
     left, right = figure.subplots(1, 2)
     aligned = [record["step"] for record in history if record["phase"] == "align"]
     if aligned:
         left.axvspan(0, max(aligned), color="0.92")
-    for colour, site in zip(_cycle(len(sites)), sites, strict=True):
+    for colour, site in zip(cycle(len(sites)), sites, strict=True):
         _loss_lines(left, history, site, colour)
         _validation_lines(right, [record for record in history if record["r2"]], site, sites, colour)
     left.set(xlabel="step", ylabel="normalised MSE", title="Loss by target site (1 = predicting the mean)")
@@ -56,7 +54,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     _legend(figure, sites, columns, aligned=bool(aligned))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _legend(figure: Figure, sites: Sequence[str], columns: int, *, aligned: bool) -> None:
@@ -65,7 +63,7 @@ def _legend(figure: Figure, sites: Sequence[str], columns: int, *, aligned: bool
     from matplotlib.patches import Patch
 
     entries: list[Line2D | Patch] = [
-        Line2D([], [], color=colour, label=site) for colour, site in zip(_cycle(len(sites)), sites, strict=True)
+        Line2D([], [], color=colour, label=site) for colour, site in zip(cycle(len(sites)), sites, strict=True)
     ]
     if len(sites) > 1:
         entries.append(Line2D([], [], color="0.4", label="own code"))
@@ -109,24 +107,3 @@ def _heat_map(axis: Axes, matrix: Matrix, sites: Sequence[str]) -> None:
             text = f"{value:.3f}" if math.isfinite(value) else "–"
             cell = axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
             cell.set_in_layout(False)  # it lies inside: measuring hundreds of them takes seconds
-
-
-def _cycle(n: int) -> list[str]:
-    """n colours that can be told apart."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    if n <= len(_COLOURS):
-        return list(_COLOURS[:n])
-    return [to_hex(colormaps["viridis"](i / n)) for i in range(n)]
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
-
-    return Figure(figsize=size, dpi=150, layout="constrained")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")

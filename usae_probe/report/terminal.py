@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..hooks import LayerInfo
-
-_COLUMNS = 5
-_MEANING = {
-    "universal": "fires in all models, on the same images",
-    "partial": "shared by some models, or at unequal rates",
-    "chance": "fires in several models, not on the same images",
-    "specific": "fires in one model",
-    "rare": "fires in too few held-out images to tell",
-    "dead": "never fires",
-}
 
 
 class StageProgress:
@@ -76,61 +65,17 @@ class StageProgress:
 
 def consoles() -> tuple[Console, Console]:
     """Return the consoles for results (stdout) and for everything else (stderr)."""
-    return Console(highlight=False), Console(stderr=True, highlight=False)
+    # Left to itself, rich takes NO_COLOR as no colours, but still writes the escape codes of bold and dim text.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return (
+        Console(highlight=False, color_system=colours),
+        Console(stderr=True, highlight=False, color_system=colours),
+    )
 
 
 def seconds(value: float) -> str:
     """Spell a duration: 8.3 s, 2 min 05 s."""
     return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60):02d} s"
-
-
-def run_summary(metrics: Mapping[str, Any], files: Mapping[str, Path], note: str = "") -> RenderableType:
-    """Return the closing screen of a run: R² matrix, classes of the latents, where the files are."""
-    parts: list[RenderableType] = [Text(note, style="yellow")] if note else []
-    return Group(*parts, *_r2_tables(metrics), _class_table(metrics), file_table(files))
-
-
-def file_table(files: Mapping[str, Path]) -> Table:
-    """Return where a run's results are."""
-    where = Table.grid(padding=(0, 2))
-    for name, path in files.items():
-        where.add_row(name, escape(str(path)))
-    return where
-
-
-def _r2_tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the R² matrix, in blocks of columns that fit 80 characters without breaking a number."""
-    sites = metrics["sites"]
-    title = f"R² on {metrics['n_rows_eval']:,} held-out rows (on {metrics['n_rows_train']:,} training rows)"
-    for start in range(0, len(sites), _COLUMNS):
-        targets = sites[start : start + _COLUMNS]
-        table = Table(title=title if start == 0 else "R², further targets", title_justify="left")
-        table.add_column("code of ↓ decoded to →", overflow="fold")
-        for target in targets:
-            table.add_column(escape(target), justify="right", overflow="fold", min_width=7)
-        for source in sites:
-            cells = [_r2_cell(metrics["r2"][source][target], metrics["r2_train"][source][target]) for target in targets]
-            table.add_row(escape(source), *cells)
-        yield table
-
-
-def _r2_cell(held_out: float | None, training: float | None) -> Text:
-    def spell(value: float | None) -> str:
-        return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-    strength = 0.0 if held_out is None else min(max(held_out, 0.0), 1.0)
-    style = "bold green" if strength >= 0.5 else "yellow" if strength >= 0.2 else "red"
-    return Text.assemble((spell(held_out), style), (f"\n({spell(training)})", "dim"))
-
-
-def _class_table(metrics: Mapping[str, Any]) -> Table:
-    title = f"{metrics['n_latents']:,} latents, over {' and '.join(metrics['class_sites'])}"
-    table = Table(title=escape(title), title_justify="left", show_header=False)
-    for name, count in metrics["counts"].items():
-        table.add_row(name, f"{count:,}", _MEANING[name])
-    if metrics["n_split"]:
-        table.add_row("  split", f"{metrics['n_split']:,}", "of the specific: one concept held by two latents")
-    return table
 
 
 def layer_tables(models: Mapping[str, Iterable[LayerInfo]]) -> Group:

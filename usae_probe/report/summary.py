@@ -1,0 +1,135 @@
+"""The closing screen of a run: what the models share, in words, then the numbers behind it; at most 80 columns wide.
+
+Nothing is said by colour alone: piped, or with `NO_COLOR`, the screen is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.constrain import Constrain
+from rich.table import Table
+from rich.text import Text
+
+from .r2_table import finite, r2_matrix, short
+from .tables import classes_and_entropy, strongest_latents
+
+WIDTH = 80
+
+
+def run_summary(
+    overview: Mapping[str, Any], metrics: Mapping[str, Any], files: Mapping[str, Path], note: str = "", hint: str = ""
+) -> RenderableType:
+    """Return the closing screen of a run.
+
+    Args:
+        overview: what was compared: `models` {name: {"name", "sites"}}, `images` {"train", "validation", "holdout"},
+            `n_latents`, `k`, and `cam`: None or {"n_pictures", "n_above"}.
+        metrics: the content of `metrics.json`; parts that an older version did not write are left out.
+        files: where the results are, by what they are.
+        note: said first.
+        hint: what to try next, said last.
+    """
+    parts: list[RenderableType | None] = [
+        Text(note, style="yellow") if note else None,
+        Group(_answer(overview, metrics), _setting(overview, metrics)),
+        r2_matrix(metrics, WIDTH),
+        classes_and_entropy(metrics),
+        strongest_latents(metrics),
+        _cam(overview.get("cam")),
+        file_table(files) if files else None,
+        Text(hint) if hint else None,
+    ]
+    there = [part for part in parts if part is not None]
+    spaced = [item for part in there for item in (part, Text(""))]
+    return Constrain(Group(*spaced[:-1]), WIDTH)
+
+
+def file_table(files: Mapping[str, Path]) -> Table:
+    """Return where a run's results are."""
+    where = Table.grid(padding=(0, 2))
+    where.add_column(style="dim")
+    where.add_column(overflow="fold")
+    for name, path in files.items():
+        where.add_row(Text(name), Text(str(path)))
+    return where
+
+
+# --- what was compared, in words ---
+
+
+def _answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
+    names = [
+        model if entry["name"] in ("", model) else f"{model} ({entry['name']})"
+        for model, entry in overview["models"].items()
+    ]
+    counts, n = metrics["counts"], metrics["n_latents"]
+    live = n - counts["dead"] - counts["rare"]
+    if len(names) == 1:
+        sharing = f"{names[0]}: {live:,} of {n:,} latents are live."
+    else:
+        shared, all_of_them = counts["universal"], "both" if len(names) == 2 else f"all {len(names)}"
+        verb = "none fires" if shared == 0 else "it fires" if shared == 1 else "they fire"
+        sharing = (
+            f"{', '.join(names[:-1])} and {names[-1]} share {shared:,} of {live:,} live latents: "
+            f"{verb} in {all_of_them}, on the same images."
+        )
+    return Text.assemble((sharing, "bold"), " ", _explained(metrics))
+
+
+def _explained(metrics: Mapping[str, Any]) -> str:
+    """Say what the code of one model explains of another; for many models, of the best and the worst pair."""
+    sites, r2 = metrics["class_sites"], metrics["r2"]
+    if len(sites) == 1:
+        return f"The code of {sites[0]} explains {_share(r2[sites[0]][sites[0]])} of its own variance (held out)."
+    if len(sites) == 2:
+        a, b = sites
+        return f"{a}'s code explains {_share(r2[a][b])} of {b}'s variance, the other way {_share(r2[b][a])} (held out)."
+    pairs = sorted((r2[a][b], a, b) for a, b in permutations(sites, 2) if finite(r2[a][b]))
+    if not pairs:
+        return ""
+    (least, c, d), (most, a, b) = pairs[0], pairs[-1]
+    return (
+        f"At best, {a}'s code explains {_share(most)} of {b}'s variance; "
+        f"at worst, {c}'s code {_share(least)} of {d}'s (held out)."
+    )
+
+
+def _setting(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
+    images = overview["images"]
+    train, validation, holdout = (images[split] for split in ("train", "validation", "holdout"))
+    total = _many(train + validation + holdout, "image")
+    lines = [f"{total} ({train:,} train, {validation:,} validation, {holdout:,} held out)"]
+    for part in (
+        _many(len(metrics["sites"]), "site"),
+        f"{_many(overview['n_latents'], 'latent')}, {overview['k']:,} active",
+    ):
+        if len(f"{lines[-1]} · {part}") <= WIDTH:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return Text("\n".join(lines), style="dim")
+
+
+def _cam(cam: Mapping[str, Any] | None) -> Text | None:
+    if not cam or not cam["n_pictures"]:
+        return None
+    n, above = cam["n_pictures"], cam["n_above"]
+    fire = "fire their latent" if n > 1 else "fires its latent"
+    whose = "their own model" if n > 1 else "its own model"
+    what = f" {above:,} of {_many(n, 'picture')} {fire} above every held-out image in {whose}"
+    return Text.assemble(("CAM:", "bold"), what)
+
+
+def _share(value: float | None) -> str:
+    if not finite(value):
+        return "an unknown share"
+    return short(value) if value >= 0 else f"nothing (R² {short(value)})"
+
+
+def _many(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -1,0 +1,160 @@
+"""Tables about the latents of a run: firing entropy, the six classes, the strongest latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .r2_table import finite, short
+
+_BAR = 16
+_SOLID = "not dim #56B4E9"
+_SHOWN = 8
+_MOST_SITES = 4  # with more, a latent's numbers are given as ranges over the models
+_MEANING = {
+    "universal": "fires in all models, on the same images",
+    "partial": "shared by some models, or at unequal rates",
+    "chance": "fires in several models, not on the same images",
+    "specific": "fires in one model",
+    "rare": "fires in too few held-out images to tell",
+    "dead": "never fires",
+}
+
+
+def classes_and_entropy(metrics: Mapping[str, Any]) -> RenderableType:
+    """Return the counts of the six classes; beside them the histogram of firing entropy, where there is one."""
+    histogram = metrics.get("entropy_histogram")
+    classes = _classes(metrics)
+    if not histogram or not sum(histogram["universal"]) + sum(histogram["others"]):
+        return classes
+    both = Table.grid(padding=(0, 4, 0, 0))
+    both.add_column(no_wrap=True)
+    both.add_column(overflow="fold")
+    both.add_row(_entropy_bars(histogram), classes)
+    return both
+
+
+def _classes(metrics: Mapping[str, Any]) -> Group:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, n in metrics["counts"].items():
+        strong = "bold" if name == "universal" else ""
+        table.add_row(Text(name, style=strong), Text(f"{n:,}", style=strong), Text(_MEANING[name]))
+    if metrics["n_split"]:
+        table.add_row("└ split", f"{metrics['n_split']:,}", "specific ones, but one concept held by two latents")
+    over = f"  over {', '.join(metrics['class_sites'])}"
+    return Group(Text.assemble((f"{metrics['n_latents']:,} latents", "bold"), (over, "dim")), table)
+
+
+def _entropy_bars(histogram: Mapping[str, Sequence[Any]]) -> Group:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(width=_BAR, no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    bins = list(zip(pairwise(histogram["edges"]), histogram["universal"], histogram["others"], strict=True))
+    most = max(universal + others for _, universal, others in bins)
+    for (low, high), universal, others in reversed(bins):
+        solid = _length(universal, most)
+        whole = max(_length(universal + others, most), solid + (others > 0))
+        bar = Text.assemble(("█" * solid, _SOLID), "░" * (whole - solid))
+        table.add_row(f"{low:.1f}–{high:.1f}", bar, f"{universal + others:,}")
+    meaning = Text.assemble(
+        "1: equal rates in all models.\n",
+        ("█", _SOLID),
+        " on the same images, too;\n░ not, or not in all models.",
+        style="dim",
+    )
+    return Group(Text("Firing entropy", style="bold"), table, meaning)
+
+
+def _length(n: int, most: int) -> int:
+    """Length of a bar; what is there is seen, and there is room for one more."""
+    return max(round(n / most * (_BAR - 1)), 1) if n else 0
+
+
+def strongest_latents(metrics: Mapping[str, Any]) -> Group | None:
+    """Return the latents with most energy: how often they fire, on the same images, and which label they follow."""
+    top = metrics.get("top_latents")
+    if not top:
+        return None
+    sites, top = metrics["class_sites"], top[:_SHOWN]
+    labelled = bool(metrics.get("factors")) and any(latent.get("follows") for latent in top)
+    mixed = any(latent["category"] != "universal" for latent in top)
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(justify="right", no_wrap=True)
+    headings = ["latent"]
+    for heading, wanted in (("class", mixed), ("fires in %", True), ("φ", len(sites) > 1), ("AUROC", labelled)):
+        if wanted:
+            table.add_column(justify="left" if heading == "class" else "right", no_wrap=True)
+            headings.append(heading)
+    if labelled:
+        table.add_column(overflow="fold")
+        headings.append("follows")
+    table.add_row(*(Text(heading, style="dim") for heading in headings))
+    for latent in top:
+        table.add_row(*_row(latent, sites, mixed=mixed, labelled=labelled))
+    what = "latents" if mixed else "universal latents"
+    return Group(Text.assemble((f"Strongest {what}", "bold"), (_order(sites), "dim")), table, *_following(metrics))
+
+
+def _row(latent: Mapping[str, Any], sites: Sequence[str], *, mixed: bool, labelled: bool) -> list[Text]:
+    """Return a latent's cells, in the order of the headings."""
+    cells = [f"{latent['latent']}"]
+    if mixed:
+        cells.append(latent["category"])
+    cells.append(_per_site([_percent(latent["rate"].get(site)) for site in sites], latent["rate"], sites))
+    if len(sites) > 1:
+        cells.append(short(latent["phi"]))
+    if labelled:
+        follows = latent.get("follows")
+        scores = follows["auroc"] if follows else {}
+        cells.append(_per_site([short(scores.get(site)) for site in sites], scores, sites) if follows else "–")
+        cells.append(f"{follows['factor']} = {follows['value']}" if follows else "–")
+    return [Text(cell) for cell in cells]
+
+
+def _per_site(spelled: Sequence[str], values: Mapping[str, float | None], sites: Sequence[str]) -> str:
+    """Return one number per site in columns, or the least and the greatest of many."""
+    if len(sites) <= _MOST_SITES:
+        return " ".join(f"{text:>4}" for text in spelled)
+    known = sorted(
+        (value, text) for site, text in zip(sites, spelled, strict=True) if finite(value := values.get(site))
+    )
+    return f"{known[0][1]}–{known[-1][1]}" if known else "–"
+
+
+def _order(sites: Sequence[str]) -> str:
+    """Say what several numbers in one cell are."""
+    names = [site.partition("/")[0] for site in sites]
+    names = names if len(set(names)) == len(names) else list(sites)
+    if len(sites) == 1:
+        return ""
+    return (
+        f"  numbers side by side: {', '.join(names)}" if len(sites) <= _MOST_SITES else "  least–greatest of all models"
+    )
+
+
+def _percent(rate: float | None) -> str:
+    if not finite(rate):
+        return "–"
+    if rate >= 0.0995 or rate == 0:
+        return f"{100 * rate:.0f}"
+    return f"{100 * rate:.1f}".removeprefix("0") if rate >= 0.0005 else "<.1"
+
+
+def _following(metrics: Mapping[str, Any]) -> list[Text]:
+    """Say how many latents follow a label, and among how many values each had the choice."""
+    factors = metrics.get("factors")
+    if not factors:
+        return []
+    n, values = factors["n_following"], factors["n_values"]
+    what = "latent follows" if n == 1 else "latents follow"
+    best = f"AUROC ≥ {short(factors['auroc'])}; best of {values:,} value{'' if values == 1 else 's'}"
+    return [Text(f"{n:,} {what} a label in every model ({best})", style="dim")]
