@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 import usae_probe.demo
-from usae_probe import ActivationBuffer, RunConfig
+from usae_probe import ActivationBuffer, Run, RunConfig
 from usae_probe.cli import main
+from usae_probe.pipeline import Stage
+from usae_probe.report.r2_table import short
 
 FACTORY = """
 import os, time, torch
@@ -112,7 +114,8 @@ def test_a_run_on_the_terminal_then_kept(cli: Command, tmp_path: Path) -> None:
     folder = tmp_path / "runs/c"
     assert (folder / "metrics.json").exists()
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert f"{metrics['r2']['a/3']['b/0']:.3f}" in first.out
+    spelled = short(metrics["r2"]["a/3"]["b/0"])
+    assert spelled in first.out
     assert "runs/c/metrics.json" in first.out
     for line in ("harvest …", "train …", "evaluate …", "train: done in"):
         assert line in first.err
@@ -120,7 +123,7 @@ def test_a_run_on_the_terminal_then_kept(cli: Command, tmp_path: Path) -> None:
     again = cli("run", "c.toml", "--out", str(folder))
     assert again.status == 0
     assert again.err.count("kept, already done") == 3
-    assert f"{metrics['r2']['a/3']['b/0']:.3f}" in again.out
+    assert spelled in again.out
     changed("steps = 4", "steps = 5")
     assert "train: redone, train.steps changed" in cli("run", "c.toml").err
 
@@ -184,18 +187,40 @@ def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     def small(folder: Path) -> RunConfig:
         data = json.loads(real(folder).model_dump_json(exclude_defaults=True, exclude_unset=True))
         data["train"]["steps"] = 4
-        data["images"]["source"] = "images.npz"
+        data["cam"] = {"latents": "0,1", "steps": 2}
         return RunConfig.from_dict(data, base=folder.resolve())
 
-    monkeypatch.setattr(usae_probe.demo, "N_IMAGES", 48)
+    monkeypatch.setattr(usae_probe.demo, "N_IMAGES", 64)
     monkeypatch.setattr(usae_probe.demo, "demo_config", small)
     result = cli("demo", "--out", "d", "--json")
     document = json.loads(result.out)
-    assert result.status == 0
-    assert document["metrics"]["sites"] == ["resnet/layer3", "resnet/layer4", "vit/blocks.5", "vit/blocks.11"]
-    assert "untrained" in document["note"]
-    assert "untrained" in result.err
-    assert ActivationBuffer("d/buffer").source["n_images"] == 48
+    assert result.status == 0, result.out
+    assert document["metrics"]["sites"] == ["resnet/layer3", "resnet/layer4", "vit/blocks.3", "vit/blocks.5"]
+    assert document["metrics"]["factors"]["names"] == list(usae_probe.demo.FACTOR_NAMES)
+    assert (document["cam"]["latents"], document["cam"]["n_pictures"]) == ([0, 1], 4)
+    assert document["files"]["pictures"] == "d/cam/sheet.png"
+    assert all(Path(path).exists() for path in document["files"].values())
+    assert ActivationBuffer("d/buffer").source["n_images"] == 64
+    for part in ("resnet10t", "64 images", "d/cam/sheet.png", "d/demo.toml"):
+        assert part in result.err
+    assert cli("demo", "--out", "d").err.count("kept, already done") == 4
+    Path("d").rename("moved")  # all that a run needs is in its folder
+    assert cli("demo", "--out", "moved").err.count("kept, already done") == 4
+    assert json.loads(cli("cam", "moved", "--latents", "1", "--steps", "2", "--json").out)["cam"]["n_pictures"] == 2
+
+
+def test_cam_of_a_run_folder(cli: Command) -> None:
+    assert cli("run", "c.toml", "--out", "r").status == 0
+    result = cli("cam", "r", "--latents", "3, 0", "--steps", "2")
+    assert result.status == 0, result.err
+    assert "cam: done in" in result.err
+    assert "r/cam/sheet.png" in result.out
+    assert Path("r/cam/latent-00003__a__3.png").exists()
+    again = json.loads(cli("cam", "r", "--json").out)  # the latents asked for last
+    assert again["stages"]["cam"]["kept"] is True
+    assert again["cam"]["latents"] == [3, 0]
+    assert {record["site"] for record in again["cam"]["pictures"]} == {"a/3", "b/0"}
+    assert cli("run", "c.toml", "--out", "r").err.count("kept") == 3
 
 
 # --- what fails ---
@@ -204,6 +229,10 @@ def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> Non
 def misfit() -> None:
     save_file({"0.weight": torch.zeros(2, 2)}, "w.safetensors")
     changed('layers = ["3"]', 'layers = ["3"]\ncheckpoint = "w.safetensors"')
+
+
+def evaluated(stages: tuple[Stage, ...] = ("harvest", "train", "evaluate")) -> None:
+    Run(RunConfig.load("c.toml"), "r").run(stages)
 
 
 FAILURES: dict[str, tuple[list[str], Callable[[], Any], int, str, str]] = {
@@ -232,6 +261,12 @@ FAILURES: dict[str, tuple[list[str], Callable[[], Any], int, str, str]] = {
     "no images": (["run", "c.toml"], lambda: Path("images.npy").unlink(), 1, "ImageError", "does not exist"),
     "misfit": (["run", "c.toml"], misfit, 1, "CheckpointError", "0.weight is [2, 2] in the checkpoint"),
     "stage": (["train", "c.toml"], lambda: None, 1, "StageError", "has no finished harvest"),
+    "no run folder": (["cam", "c.toml"], lambda: None, 2, "UsageError", "'c.toml' is no run folder"),
+    "mistyped latents": (["cam", "r", "--latents", "best"], evaluated, 2, "ConfigError", "latents"),
+    "no such latent": (["cam", "r", "--latents", "3,99"], evaluated, 2, "UsageError", "there is no latent 99"),
+    "cam before its time": (
+        ["cam", "r", "--latents", "3"], lambda: evaluated(("harvest",)), 1, "StageError", "has no finished train",
+    ),
     "file in the way": (["run", "c.toml", "--out", "nets.py"], lambda: None, 2, "UsageError", "a file is in the way"),
 }  # fmt: skip
 
@@ -288,7 +323,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         [sys.executable, "-m", "usae_probe", "--help"], env=environment(), capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start < 10  # well under a second when nothing else runs
-    for command in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo"):
+    for command in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo", "cam"):
         assert command in result.stdout
     code = (
         "import sys, usae_probe, usae_probe.cli\n"

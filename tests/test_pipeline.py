@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from usae_probe import ActivationBuffer, Run, RunConfig, pipeline
+from usae_probe import ActivationBuffer, Run, RunConfig
 from usae_probe.demo import drawings
 from usae_probe.errors import (
     CheckpointError,
@@ -22,56 +22,22 @@ from usae_probe.errors import (
     UsaeProbeWarning,
     UsageError,
 )
-from usae_probe.pipeline import STAGES, Progress, RunResult, StageResult
+from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult
+from usae_probe.report import figures
 
-FACTORY = """
-import torch
-from torch import nn
+from .tiny_run import CONFIG, MODEL, changed, put_tiny_run
 
-def build(width=8, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 7),
-    )
-"""
-MODEL: dict[str, Any] = {
-    "adapter": "module",
-    "name": "nets.py:build",
-    "layers": ["2"],
-    "image_size": 16,
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.25, 0.25, 0.25],
-}
-CONFIG: dict[str, Any] = {
-    "models": {
-        "a": {**MODEL, "layers": ["0", "2"]},
-        "b": {**MODEL, "options": {"width": 6, "seed": 1}},
-    },
-    "images": {"source": "images.npy", "holdout": 0.3, "batch_size": 16},
-    "buffer": {"shard_images": 20},
-    "usae": {"n_latents": 16, "k": 2},
-    "train": {"steps": 8, "batch_size": 16, "log_every": 2, "validate_every": 4},
-    "probes": {"min_fires": 2},
-}
 Runner = Callable[..., RunResult]
-
-
-def changed(**tables: dict[str, Any]) -> dict[str, Any]:
-    """CONFIG with some keys replaced."""
-    return CONFIG | {table: CONFIG[table] | keys for table, keys in tables.items()}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    (tmp_path / "nets.py").write_text(FACTORY)
-    np.save(tmp_path / "images.npy", drawings.draw_images(60, size=32).images)
-    return tmp_path
+    return put_tiny_run(tmp_path)
 
 
 @pytest.fixture
 def run(base: Path) -> Runner:
-    def do(config: dict[str, Any] = CONFIG, stages: Any = STAGES, **callbacks: Any) -> RunResult:
+    def do(config: dict[str, Any] = CONFIG, stages: Any = MEASURING, **callbacks: Any) -> RunResult:
         return Run(RunConfig.from_dict(config, base=base), base / "run", **callbacks).run(stages)
 
     return do
@@ -85,7 +51,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     """Drawing takes longer than all else here, and what is drawn is tested elsewhere."""
     if "figures" not in request.node.name:
         for name in ("r2_matrix", "training_curves"):
-            monkeypatch.setattr(pipeline.figures, name, lambda _, path: path.touch())
+            monkeypatch.setattr(figures, name, lambda _, path: path.touch())
 
 
 def fates(result: RunResult) -> list[str]:
@@ -206,7 +172,7 @@ def test_a_changed_seed_of_the_images_redoes_everything(run: Runner, base: Path)
 
 def test_other_pictures_under_the_same_name_are_trained_on_once_they_are_harvested(run: Runner, base: Path) -> None:
     run()
-    np.save(base / "images.npy", drawings.draw_images(60, size=32, seed=9).images)
+    drawings.save_drawings(base / "images.npz", drawings.draw_images(60, size=32, seed=9))
     assert fates(run()) == ["kept"] * 3  # the config is the same: nobody looks
     (base / "run/buffer/shard-00000.h5").unlink()
     result = run()
@@ -339,7 +305,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_history(run: Runner, base: 
 
 def test_a_config_file_elsewhere_finds_its_neighbours(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'models.a = {adapter = "module", name = "nets.py:build", layers = ["2"], image_size = 16, '
-    text += 'mean = [0, 0, 0], std = [1, 1, 1]}\nimages = {source = "images.npy"}\nusae = {k = 2}\n'
+    text += 'mean = [0, 0, 0], std = [1, 1, 1]}\nimages = {source = "images.npz"}\nusae = {k = 2}\n'
     assert tomllib.loads(text)
     (base / "c.toml").write_text(text)
     (base / "elsewhere").mkdir()

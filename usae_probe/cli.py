@@ -39,8 +39,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: ru
 
 @app.command()
 def run(config: Config, out: Out = None, as_json: Json = False) -> None:
-    """Do all stages: harvest, train, evaluate. Finished ones are kept; an interrupted run goes on."""
-    _stages(config, out, as_json, ("harvest", "train", "evaluate"))
+    """Do all stages: harvest, train, evaluate (and cam, with a [cam] table). Finished ones are kept, also of a run that
+    was interrupted."""
+    _stages(config, out, as_json, None)
 
 
 @app.command()
@@ -65,11 +66,41 @@ def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"), as_json: Json = False
 ) -> None:
-    """Run the whole pipeline on two small untrained networks and drawn images."""
+    """Do it all on two small trained networks and drawn images: no network, no data, some two minutes."""
     with _guard(as_json, str(out)):
-        from .demo import UNTRAINED, prepare_demo
+        from .demo import prepare_demo
 
-        _run_stages(prepare_demo(out), out, as_json, ("harvest", "train", "evaluate"), note=UNTRAINED)
+        hint = (
+            f"Your own models: start from a copy of {out / 'demo.toml'}; `usae-probe layers timm:resnet18` lists the "
+            "layers of a model."
+        )
+        _run_stages(prepare_demo(out), out, as_json, None, hint=hint)
+
+
+@app.command()
+def cam(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run.")],
+    latents: Annotated[
+        str | None,
+        typer.Option(
+            "--latents",
+            help="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8; "
+            "default: as the run's config says.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of gradient ascent per picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what makes each model fire shared latents: gradient ascent to the pixels, beside the images that do."""
+    with _guard(as_json, str(run_dir)):
+        from .config import settled
+        from .pipeline import RunRecord
+
+        config = RunRecord(run_dir).config()
+        given = {key: value for key, value in {"latents": latents, "steps": steps}.items() if value is not None}
+        (pictures,) = settled((config.cam,), given)
+        changed = config.model_copy(update={"cam": pictures})
+        _run_stages(changed, run_dir, as_json, ("cam",))
 
 
 @app.command()
@@ -152,7 +183,7 @@ def _layer_dict(info: Any) -> dict[str, Any]:
     }
 
 
-def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...]) -> None:
+def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...] | None) -> None:
     folder = out or Path("runs") / config.stem
     with _guard(as_json, str(folder)):
         from .config import RunConfig
@@ -160,9 +191,12 @@ def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, 
         _run_stages(RunConfig.load(config), folder, as_json, stages)
 
 
-def _run_stages(config: RunConfig, folder: Path, as_json: bool, stages: tuple[Stage, ...], note: str = "") -> None:
+def _run_stages(
+    config: RunConfig, folder: Path, as_json: bool, stages: tuple[Stage, ...] | None, hint: str = ""
+) -> None:
     from .pipeline import Progress, Run, StageResult
     from .report import terminal
+    from .report.summary import file_table, run_summary
 
     _, stderr = terminal.consoles()
     with terminal.StageProgress(stderr) as bars, _shown_warnings(bars.say):
@@ -178,37 +212,42 @@ def _run_stages(config: RunConfig, folder: Path, as_json: bool, stages: tuple[St
         def progress(now: Progress) -> None:
             bars.update(*now)
 
-        if note:
-            bars.say(note)
-        result = Run(config, folder, progress=progress, announce=announce).run(stages)
-    files = _files(folder, stages[-1])
-    _show(as_json, _result_dict(result, files, note), lambda: _summary(result, files, note))
+        doing = Run(config, folder, progress=progress, announce=announce)
+        result = doing.run(stages)
+    files = _files(folder, result)
+
+    def screen() -> Any:
+        if result.metrics is None:
+            return file_table(files)
+        return run_summary(doing.overview(result), result.metrics, files, hint=hint)
+
+    _show(as_json, _result_dict(result, files), screen)
 
 
-def _summary(result: RunResult, files: dict[str, Path], note: str) -> Any:
-    from .report.terminal import file_table, run_summary
-
-    return file_table(files) if result.metrics is None else run_summary(result.metrics, files, note)
-
-
-def _files(folder: Path, last: Stage) -> dict[str, Path]:
-    """Return where the results of the stages up to `last` are; those of later ones may belong to another config."""
+def _files(folder: Path, result: RunResult) -> dict[str, Path]:
+    """Return where the results of the stages up to the last are; those of later ones may belong to another config."""
     names = {"activations": "buffer", "record": "run.json"}
-    if last != "harvest":
+    if result.stages[-1].stage != "harvest":
         names = {"USAE": "usae.safetensors", **names}
-    if last == "evaluate":
+    if result.metrics is not None:
         names = {"measures": "metrics.json", "latents": "latents.csv", "figures": "figures", **names}
+    if result.cam is not None:
+        names = {"pictures": result.cam["sheets"][0], **names}
     return {what: folder / name for what, name in names.items()}
 
 
-def _result_dict(result: RunResult, files: dict[str, Path], note: str) -> dict[str, Any]:
+def _result_dict(result: RunResult, files: dict[str, Path]) -> dict[str, Any]:
     stages = {
         stage.stage: {"kept": stage.kept, "seconds": round(stage.seconds, 3), "why": stage.why}
         for stage in result.stages
     }
     data: dict[str, Any] = {"run_dir": str(result.folder), "stages": stages, "metrics": result.metrics}
-    data["files"] = {what: str(path) for what, path in files.items()}
-    return data | ({"note": note} if note else {})
+    if result.cam is not None:
+        data["cam"] = {key: value for key, value in result.cam.items() if key != "pictures"}
+        data["cam"]["pictures"] = [
+            {key: value for key, value in picture.items() if key != "curve"} for picture in result.cam["pictures"]
+        ]
+    return data | {"files": {what: str(path) for what, path in files.items()}}
 
 
 def _show(as_json: bool, data: dict[str, Any], renderable: Callable[[], Any]) -> None:

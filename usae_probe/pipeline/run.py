@@ -1,35 +1,31 @@
-"""The stages of a run, harvest → train → evaluate, in a run folder, each redone only when its config keys changed."""
+"""A run folder and the stages in it, each redone only when something that it depends on has changed."""
 
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from .adapter import attach, check_device
-from .buffer import ActivationBuffer
-from .config import RunConfig
-from .errors import BufferIntegrityError, CheckpointError, StageError
-from .files import sha256, write_json, write_text
-from .harvesting import buffer_spec, harvest
-from .hooks import HookedModel
-from .images import open_source
-from .probes import UniversalityReport, evaluate, one_site_per_model
-from .report import figures
-from .usae import USAE, HistoryFile, StepRecord, read_history, train, warn_without_bottleneck
-
-Stage = Literal["harvest", "train", "evaluate"]
-STAGES: tuple[Stage, ...] = ("harvest", "train", "evaluate")
-SCHEMA = 1
-_PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
+from ..adapter import attach, check_device
+from ..buffer import ActivationBuffer
+from ..config import RunConfig
+from ..errors import BufferIntegrityError, StageError
+from ..files import write_text
+from ..harvesting import buffer_spec, harvest
+from ..hooks import HookedModel
+from ..images import annotations_of, open_source
+from ..probes import UniversalityReport, evaluate, one_site_per_model
+from ..report import figures
+from ..split import SPLITS
+from ..usae import USAE, HistoryFile, StepRecord, read_history, train, warn_without_bottleneck
+from .pictures import CamStage
+from .record import RunRecord
+from .source import same_source
+from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
 
 
 class Progress(NamedTuple):
@@ -61,11 +57,20 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run folder, what became of its stages, and the report when there is one."""
+    """What became of a run.
+
+    Attributes:
+        folder: the run folder.
+        stages: what became of each stage asked for.
+        metrics: the content of `metrics.json`, once evaluated.
+        cam: the content of `cam/cam.json`, once pictures were made.
+        report: the report, when it was made by this call.
+    """
 
     folder: Path
     stages: list[StageResult]
     metrics: dict[str, Any] | None
+    cam: dict[str, Any] | None = None
     report: UniversalityReport | None = None
 
 
@@ -91,26 +96,35 @@ class Run:
         self._progress = progress or (lambda _: None)
         self._announce = announce or (lambda _: None)
         self._report: UniversalityReport | None = None
-        self._record = _read_record(self.folder)
+        self._record = RunRecord(self.folder)
 
-    def run(self, stages: tuple[Stage, ...] = STAGES) -> RunResult:
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What `run` does by default: all stages, the pictures only when the config has a `[cam]` table."""
+        return STAGES if "cam" in self.config.model_fields_set else MEASURING
+
+    def run(self, stages: tuple[Stage, ...] | None = None) -> RunResult:
         """Do `stages` in order; a single later stage needs the earlier ones' results in the folder.
 
         Raises:
             StageError: when an earlier stage's results are missing or belong to another config.
         """
-        for earlier in STAGES[: STAGES.index(stages[0])]:
-            self._require(earlier)
+        stages = stages or self.stages
+        for before in earlier(stages[0]):
+            self._require(before)
         results = [self._stage(stage) for stage in stages]
-        metrics = self.folder / "metrics.json"
-        done = "evaluate" in stages
+        measured = "evaluate" in (*earlier(stages[-1]), *stages)
         return RunResult(
-            self.folder, results, json.loads(metrics.read_text(encoding="utf-8")) if done else None, self._report
+            self.folder,
+            results,
+            metrics=self._json("metrics.json") if measured else None,
+            cam=self._json("cam/cam.json") if "cam" in stages else None,
+            report=self._report,
         )
 
     def _stage(self, stage: Stage) -> StageResult:
-        changed, missing = self._changed(stage), self._missing(stage)
-        finished = stage in self._record["stages"]
+        changed, missing = self._record.changed(stage, self.config), self._missing(stage)
+        finished = self._record.finished(stage)
         if finished and not changed and not missing:
             result = StageResult(stage, kept=True, seconds=0.0)
             self._announce(result)
@@ -119,9 +133,9 @@ class Run:
         why = why if finished else ""
         self._announce((stage, why))
         started = time.perf_counter()
-        {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate}[stage]()
+        {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate, "cam": self._cam}[stage]()
         result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=why)
-        self._finish(result)
+        self._record.finish(stage, self.config, result.seconds)
         self._announce(result)
         return result
 
@@ -129,7 +143,7 @@ class Run:
         config = self.config
         check_device(config.train.device)
         with ExitStack() as closing:
-            models = [closing.enter_context(self._attach(name)) for name in config.models]
+            models = self._attach(closing)
             d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
             warn_without_bottleneck(d_in, config.usae.k)
             one_site_per_model(list(d_in), config.probes.sites)
@@ -168,10 +182,13 @@ class Run:
         state.unlink(missing_ok=True)
 
     def _evaluate(self) -> None:
+        buffer = self.buffer()
+        source = same_source(self.config, buffer)
         report = evaluate(
             self.usae(),
-            self.buffer(),
+            buffer,
             config=self.config.probes,
+            annotations=annotations_of(source) if source else (),
             progress=lambda done, total: self._progress(Progress("evaluate", done, total, "rows")),
         )
         write_text(self.folder / "metrics.json", report.to_json() + "\n")
@@ -182,6 +199,22 @@ class Run:
         figures.training_curves(list(read_history(self.folder / "history.jsonl")), folder / "training.png")
         self._report = report
 
+    def overview(self, result: RunResult) -> dict[str, Any]:
+        """Return what an evaluated run compared, for its summary: models with their sites, images, sizes, pictures."""
+        metrics, buffer = result.metrics or {}, self.buffer()
+        models = {
+            name: {"name": entry.name, "sites": [s for s in metrics.get("sites", []) if s.startswith(f"{name}/")]}
+            for name, entry in self.config.models.items()
+        }
+        images: dict[str, Any] = {"source": self.config.images.source}
+        images |= {split: buffer.n_images(split) for split in SPLITS}
+        cam: dict[str, Any] | None = None
+        if result.cam is not None:
+            cam = {key: result.cam[key] for key in ("n_pictures", "n_above", "latents")}
+            cam["grid"] = str(self.folder / result.cam["sheets"][0])
+        usae = self.config.usae
+        return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": cam}
+
     def buffer(self) -> ActivationBuffer:
         """Open the run's buffer."""
         return ActivationBuffer(self.folder / "buffer")
@@ -190,32 +223,29 @@ class Run:
         """Load the run's USAE."""
         return USAE.load(self.folder / "usae.safetensors", kernel=self.config.train.kernel)
 
-    def _attach(self, name: str) -> HookedModel:
-        given = self.config.models[name].model_dump(exclude={"adapter", "name", "layers"})
-        entry = self.config.models[name]
-        return attach(entry.name, adapter=entry.adapter, name=name, layers=entry.layers, base=self.config.base, **given)
+    def _cam(self) -> None:
+        with ExitStack() as closing:
+            CamStage(self.config, self.folder).do(
+                self.usae(),
+                self.buffer(),
+                self._attach(closing),
+                progress=lambda p: self._progress(Progress("cam", p.done, p.total, "steps", p.site)),
+            )
 
-    def _depends_on(self, stage: Stage) -> dict[str, Any]:
-        """Return the config keys that a stage's results depend on, flattened to `table.key`."""
-        config = json.loads(self.config.model_dump_json())
-        for model in config["models"].values():
-            del model["device"]
-        del config["images"]["workers"]
-        config["images"]["source"] = self.config.image_path
-        for key in ("log_every", "kernel", "device"):
-            del config["train"][key]
-        upstream = ("models", "images", "buffer")
-        trained = (*upstream, "usae", "train")
-        tables: dict[Stage, tuple[str, ...]] = {"harvest": upstream, "train": trained, "evaluate": (*trained, "probes")}
-        keys = dict(_flatten({table: config[table] for table in tables[stage]}))
-        for earlier in STAGES[: STAGES.index(stage)]:  # the same keys with other pictures behind them, say
-            keys[f"the {earlier}'s result"] = self._record["results"].get(earlier)
-        return keys
+    def _attach(self, closing: ExitStack) -> list[HookedModel]:
+        """Attach to all models; they are closed with `closing`."""
+        models = []
+        for name, entry in self.config.models.items():
+            given = entry.model_dump(exclude={"adapter", "name", "layers"})
+            model = attach(
+                entry.name, adapter=entry.adapter, name=name, layers=entry.layers, base=self.config.base, **given
+            )
+            models.append(closing.enter_context(model))
+        return models
 
-    def _changed(self, stage: Stage) -> list[str]:
-        before = self._record["stages"].get(stage, {}).get("depends_on", {})
-        now = self._depends_on(stage)
-        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    def _json(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        return content
 
     def _missing(self, stage: Stage) -> str:
         """Return what is missing of a finished stage's results; empty when all is there."""
@@ -226,21 +256,18 @@ class Run:
                 return "" if buffer.complete else "the buffer is not complete"
             except BufferIntegrityError as error:
                 return error.message
-        names = {
-            "train": ("usae.safetensors", "usae.json", "history.jsonl"),
-            "evaluate": ("metrics.json", "latents.csv"),
-        }
-        absent = [name for name in names[stage] if not (self.folder / name).is_file()]
+        absent = [name for name in RESULTS[stage] if not (self.folder / name).is_file()]
         return f"{', '.join(absent)} not there" if absent else ""
 
     def _require(self, stage: Stage) -> None:
-        if stage not in self._record["stages"] or (missing := self._missing(stage)):
-            detail = missing if stage in self._record["stages"] else f"stage {stage} has not been done"
+        done = self._record.finished(stage)
+        if not done or (missing := self._missing(stage)):
+            detail = missing if done else f"stage {stage} has not been done"
             raise StageError(
                 f"'{self.folder}' has no finished {stage}: {detail}",
                 hint=f"do `usae-probe {stage}` with the same config first, or `usae-probe run` for all stages",
             )
-        if changed := self._changed(stage):
+        if changed := self._record.changed(stage, self.config):
             raise StageError(
                 f"the {stage} in '{self.folder}' was done with another config: {', '.join(changed)} changed",
                 hint=f"do `usae-probe {stage}` again, or `usae-probe run`; or choose another --out",
@@ -268,59 +295,7 @@ class Run:
             return False
         return buffer.identity == identity
 
-    def _finish(self, result: StageResult) -> None:
-        self._record["config"] = json.loads(self.config.model_dump_json())
-        self._record["versions"] = {"python": platform.python_version(), **dict(_versions())}
-        self._record["stages"][result.stage] = {
-            "seconds": round(result.seconds, 3),
-            "peak_memory_bytes": peak_memory(),
-            "depends_on": self._depends_on(result.stage),
-        }
-        files = {"harvest": "buffer/manifest.json", "train": "usae.safetensors", "evaluate": "metrics.json"}
-        self._record["results"][result.stage] = sha256(self.folder / files[result.stage])
-        write_json(self.folder / "run.json", self._record)
-
-
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
-
 
 def _training_note(record: StepRecord) -> str:
     phase = "aligning, " if record.phase == "align" else ""
     return f"{phase}loss {record.loss:.3f}, dead {record.dead_share:.0%}"
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    fresh: dict[str, Any] = {"schema": SCHEMA, "config": {}, "versions": {}, "stages": {}, "results": {}}
-    if not path.exists():
-        return fresh
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise StageError(
-                f"'{path}' has schema {record['schema']}, this version reads {SCHEMA}", hint="update usae-probe"
-            )
-        return {**fresh, **record, "stages": dict(record["stages"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"'{path}' is damaged: {error}", hint="restore it, or remove it to do all stages again"
-        ) from error
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

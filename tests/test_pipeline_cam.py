@@ -1,0 +1,229 @@
+"""The pictures of a run: which latents, what is kept, what an interruption costs, and what is true of each picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import usae_probe as up
+from usae_probe import Run, RunConfig
+from usae_probe.demo import draw_images, save_drawings
+from usae_probe.errors import StageError, UsaeProbeWarning, UsageError
+from usae_probe.pipeline import RunRecord
+from usae_probe.pipeline.latents import choose_latents, followed_labels
+
+from .tiny_run import CONFIG, changed, put_tiny_run
+
+SITES = ["a/2", "b/2"]
+CAM = {"latents": "0,3", "steps": 6, "exemplars": 2}
+
+Pictures = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    base = put_tiny_run(tmp_path)
+    Run(RunConfig.from_dict(CONFIG, base=base), base / "run").run()
+    return base / "run"
+
+
+@pytest.fixture
+def pictures(folder: Path) -> Pictures:
+    """Do the cam stage with some keys of [cam]; return cam.json."""
+
+    def do(progress: Any = None, **keys: Any) -> dict[str, Any]:
+        config = RunConfig.from_dict(CONFIG | {"cam": CAM | keys}, base=folder.parent)
+        cam = Run(config, folder, progress=progress).run(("cam",)).cam
+        assert cam is not None
+        return cam
+
+    return do
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in (folder / "cam").glob("latent-*.png")}
+
+
+def test_every_picture_is_what_its_record_says(pictures: Pictures, folder: Path) -> None:
+    cam = pictures()
+    assert (cam["latents"], cam["sites"], cam["n_pictures"]) == ([0, 3], SITES, 4)
+    assert cam == json.loads((folder / "cam/cam.json").read_text())
+    usae, config = up.USAE.load(folder / "usae.safetensors"), RunConfig.from_dict(CONFIG, base=folder.parent)
+    for name, entry in config.models.items():
+        given = entry.model_dump(exclude={"adapter", "name", "layers"})
+        with up.attach(entry.name, adapter="module", name=name, layers=["2"], base=config.base, **given) as model:
+            for record in (record for record in cam["pictures"] if record["site"] == f"{name}/2"):
+                with Image.open(folder / record["file"]) as image:
+                    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                codes = usae.encode(model.rows(model.preprocess([pixels]))[record["site"]], record["site"])
+                z = usae.to_dense(codes)[0, record["latent"]].item()
+                assert record["z"] == pytest.approx(z, abs=1e-5)
+                assert len(record["curve"]) == 6
+                assert record["above_held_out"] == (record["z"] > record["held_out_maximum"])
+                assert len(record["exemplars"]) <= 2
+    assert cam["n_above"] == sum(record["above_held_out"] for record in cam["pictures"])
+    with Image.open(folder / "cam/sheet.png") as sheet:
+        assert min(sheet.size) > 200
+
+
+def test_held_out_maxima_are_those_of_the_latent_table(pictures: Pictures, folder: Path) -> None:
+    cam = pictures(latents=",".join(map(str, range(16))))
+    lines = [line.split(",") for line in (folder / "latents.csv").read_text().splitlines()]
+    for record in cam["pictures"]:
+        column = lines[0].index(f"maximum[{record['site']}]")
+        assert record["held_out_maximum"] == pytest.approx(float(lines[1 + record["latent"]][column]), rel=1e-4)
+    assert cam["sheets"] == ["cam/sheet-1.png", "cam/sheet-2.png"]
+    assert sorted(file.name for file in (folder / "cam").glob("sheet*")) == ["sheet-1.png", "sheet-2.png"]
+    assert pictures()["sheets"] == ["cam/sheet.png"]
+    assert sorted(file.name for file in (folder / "cam").glob("sheet*")) == ["sheet.png"]  # no stale ones
+
+
+def test_a_second_call_keeps_all_and_other_latents_only_add(pictures: Pictures, folder: Path) -> None:
+    first = pictures()
+    before = stamps(folder)
+    calls: list[Any] = []
+    assert pictures(progress=calls.append) == first
+    assert not calls
+    more = pictures(latents="3,0,5", progress=calls.append)
+    assert more["latents"] == [3, 0, 5]
+    assert {name: stamps(folder)[name] for name in before} == before
+    assert (calls[-1].done, calls[-1].total) == (12, 12)  # one latent, two sites, six steps
+    assert len(stamps(folder)) == 6
+
+
+def test_other_steps_make_other_pictures(pictures: Pictures, folder: Path) -> None:
+    pictures()
+    before = stamps(folder)
+    assert all(len(record["curve"]) == 7 for record in pictures(steps=7)["pictures"])
+    assert not set(stamps(folder).values()) & set(before.values())
+
+
+def test_an_interruption_keeps_the_pictures_that_are_done(pictures: Pictures, folder: Path) -> None:
+    def interrupt(now: Any) -> None:
+        if now.done == 9:  # in the second site
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pictures(progress=interrupt)
+    before = stamps(folder)
+    assert sorted(before) == ["latent-00000__a__2.png", "latent-00003__a__2.png"]
+    assert not (folder / "cam/cam.json").exists()
+    whole = pictures()
+    assert {name: stamps(folder)[name] for name in before} == before
+    for file in (folder / "cam").iterdir():
+        file.unlink()
+    again = pictures()
+    assert again == whole  # as if never interrupted
+
+
+def test_a_damaged_store_costs_the_pictures_only(pictures: Pictures, folder: Path) -> None:
+    whole = pictures()
+    (folder / "cam/pictures.json").write_text("{")
+    (folder / "cam/cam.json").unlink()
+    assert pictures() == whole
+
+
+def test_the_folder_alone_says_how_to_go_on(pictures: Pictures, folder: Path) -> None:
+    config = RunRecord(folder).config()
+    assert config.base == folder.parent
+    result = Run(config.model_copy(update={"cam": config.cam.model_copy(update=CAM)}), folder).run(("cam",))
+    assert result.cam is not None
+    assert result.metrics is not None
+    with pytest.raises(UsageError, match="is no run folder: no such folder"):
+        RunRecord(folder / "none").config()
+    with pytest.raises(UsageError, match=r"is no run folder: no run\.json in it"):
+        RunRecord(folder / "buffer").config()
+
+
+def test_a_run_makes_pictures_when_its_config_has_the_table(folder: Path) -> None:
+    config = RunConfig.from_dict(CONFIG | {"cam": CAM}, base=folder.parent)
+    result = Run(config, folder).run()
+    assert [(stage.stage, stage.kept) for stage in result.stages] == [
+        ("harvest", True), ("train", True), ("evaluate", True), ("cam", False)
+    ]  # fmt: skip
+    assert Run(config, folder).run().stages[-1].kept
+
+
+# --- which latents ---
+
+
+def table(folder: Path, rows: list[tuple[str, float, str, float]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    lines = ["latent,category,total_energy,follows,auroc[a/x],auroc[b/y]"]
+    lines += [
+        f"{i},{category},{energy},{label},{score},0.95" for i, (category, energy, label, score) in enumerate(rows)
+    ]
+    (folder / "latents.csv").write_text("\n".join(lines) + "\n")
+    (folder / "metrics.json").write_text('{"class_sites": ["a/x", "b/y"], "factors": {"auroc": 0.9}}')
+    return folder
+
+
+def test_latents_are_chosen_by_energy_or_number(tmp_path: Path) -> None:
+    rows = [
+        ("universal", 1.0, "colour=red", 0.99), ("partial", 9.0, "colour=red", 0.99), ("universal", 3.0, "a=b", 0.89),
+        ("universal", 2.0, "shape=star", 0.9), ("dead", 0.0, "", 0.5),
+    ]  # fmt: skip
+    folder = table(tmp_path / "t", rows)
+    assert choose_latents("top:8", folder) == [2, 3, 0]
+    assert choose_latents("top:2", folder) == [2, 3]
+    assert choose_latents("factors:8", folder) == [3, 0]
+    assert choose_latents("4, 1,4", folder) == [4, 1]
+    assert followed_labels(folder)[0] == "colour = red"
+    assert 4 not in followed_labels(folder)
+    with pytest.raises(UsageError, match="there is no latent 5") as caught:
+        choose_latents("1,5", folder)
+    assert "0 to 4" in caught.value.hint
+    with pytest.raises(UsageError, match=r"no latent of .* is universal: none"):
+        choose_latents("top:8", table(tmp_path / "u", [("specific", 1.0, "", 0.5)]))
+    with pytest.raises(UsageError, match="follows a label"):
+        choose_latents("factors:8", table(tmp_path / "u", [("universal", 1.0, "a=b", 0.5)]))
+
+
+@pytest.mark.parametrize("text", ["top", "top:0", "best:8", "1,,2", "-3", ""])
+def test_a_mistyped_choice_is_refused_with_the_spelling(text: str) -> None:
+    with pytest.raises(UsageError, match=r"cam.latents") as caught:
+        RunConfig.from_dict(CONFIG | {"cam": {"latents": text}}, base=Path())
+    assert "top:8" in caught.value.hint
+
+
+# --- what is not there any more ---
+
+
+def test_other_weights_are_refused(pictures: Pictures, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER_WEIGHTS", "1")
+    with pytest.raises(StageError, match="the weights of model 'a' are not those whose activations were harvested"):
+        pictures()
+    assert not (folder / "cam").exists()
+
+
+def test_without_the_images_there_are_pictures_but_no_exemplars(pictures: Pictures, folder: Path) -> None:
+    (folder.parent / "images.npz").unlink()
+    with pytest.warns(UsaeProbeWarning, match="are left out: image source .* does not exist"):
+        assert pictures()["n_pictures"] == 4
+    save_drawings(folder.parent / "images.npz", draw_images(60, size=32, seed=5))
+    with pytest.warns(UsaeProbeWarning, match="other pictures than those that were harvested"):
+        pictures(latents="1")
+
+
+def test_other_weights_under_the_same_name_redo_the_harvest(tmp_path: Path) -> None:
+    base = put_tiny_run(tmp_path)
+    build: dict[str, Any] = {}
+    exec((base / "nets.py").read_text(), build)
+    from safetensors.torch import save_file
+
+    save_file(build["build"](seed=0).state_dict(), base / "w.safetensors")
+    models = {"a": {**CONFIG["models"]["a"], "checkpoint": "w.safetensors"}, "b": CONFIG["models"]["b"]}
+    config = RunConfig.from_dict(changed() | {"models": models}, base=base)
+    Run(config, base / "run").run()
+    assert all(stage.kept for stage in Run(config, base / "run").run().stages)
+    save_file(build["build"](seed=7).state_dict(), base / "w.safetensors")
+    result = Run(config, base / "run").run()
+    assert result.stages[0].why == "models.a.checkpoint's content changed"

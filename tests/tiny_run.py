@@ -1,0 +1,51 @@
+"""A whole run in a second: two convolutional networks of a file on 60 drawn images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from usae_probe.demo import draw_images, save_drawings
+
+FACTORY = """
+import os, torch
+from torch import nn
+
+def build(width=8, seed=0):
+    torch.manual_seed(seed + int(os.environ.get("OTHER_WEIGHTS", 0)))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 7),
+    )
+"""
+MODEL: dict[str, Any] = {
+    "adapter": "module",
+    "name": "nets.py:build",
+    "layers": ["2"],
+    "image_size": 16,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
+CONFIG: dict[str, Any] = {
+    "models": {
+        "a": {**MODEL, "layers": ["0", "2"]},
+        "b": {**MODEL, "options": {"width": 6, "seed": 1}},
+    },
+    "images": {"source": "images.npz", "holdout": 0.3, "batch_size": 16},
+    "buffer": {"shard_images": 20},
+    "usae": {"n_latents": 16, "k": 2},
+    "train": {"steps": 8, "batch_size": 16, "log_every": 2, "validate_every": 4},
+    "probes": {"min_fires": 2},
+}
+
+
+def changed(**tables: dict[str, Any]) -> dict[str, Any]:
+    """CONFIG with some keys replaced."""
+    return CONFIG | {table: CONFIG[table] | keys for table, keys in tables.items()}
+
+
+def put_tiny_run(folder: Path) -> Path:
+    """Write the networks and the images that CONFIG names into a folder."""
+    (folder / "nets.py").write_text(FACTORY)
+    save_drawings(folder / "images.npz", draw_images(60, size=32))
+    return folder

@@ -1,0 +1,113 @@
+"""`run.json`: the config of a run, and of each finished stage what it depended on, its time and its result's hash."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..errors import CheckpointError, StageError, UsageError
+from ..files import sha256, write_json
+from .stages import RESULTS, Stage, depends_on
+
+SCHEMA = 1
+_PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
+
+
+class RunRecord:
+    """The record of a run folder, as far as it goes.
+
+    Args:
+        folder: the run folder; without a `run.json` nothing is finished.
+
+    Raises:
+        CheckpointError: when `run.json` is damaged.
+        StageError: when a newer version wrote it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._data = _read(folder / "run.json")
+
+    def finished(self, stage: Stage) -> bool:
+        """Say whether a stage has been finished at some time."""
+        return stage in self._data["stages"]
+
+    def changed(self, stage: Stage, config: RunConfig) -> list[str]:
+        """Return the keys that differ from those a finished stage was done with."""
+        before = self._data["stages"].get(stage, {}).get("depends_on", {})
+        now = depends_on(stage, config, self._data["results"], self.folder.resolve())
+        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+    def finish(self, stage: Stage, config: RunConfig, seconds: float) -> None:
+        """Write down that a stage is finished."""
+        self._data["config"] = json.loads(config.model_dump_json())
+        self._data["base"] = _spell(config.base, self.folder)
+        self._data["versions"] = {"python": platform.python_version(), **dict(_versions())}
+        self._data["stages"][stage] = {
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory(),
+            "depends_on": depends_on(stage, config, self._data["results"], self.folder.resolve()),
+        }
+        self._data["results"][stage] = sha256(self.folder / RESULTS[stage][0])
+        write_json(self.folder / "run.json", self._data)
+
+    def config(self) -> RunConfig:
+        """Return the config of the run.
+
+        Raises:
+            UsageError: when the folder holds no run.
+        """
+        if not self._data["stages"]:
+            found = "no run.json in it" if self.folder.is_dir() else "no such folder"
+            raise UsageError(
+                f"'{self.folder}' is no run folder: {found}",
+                hint="give the folder that `usae-probe run` or `usae-probe demo` wrote to",
+            )
+        base = (self.folder / self._data.get("base", ".")).resolve()
+        return RunConfig.from_dict(self._data["config"], base=base)
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def _spell(base: Path, folder: Path) -> str:
+    """Spell the folder of relative paths: relative where the two lie in one another, so that they can move together."""
+    base, folder = base.resolve(), folder.resolve()
+    together = base.is_relative_to(folder) or folder.is_relative_to(base)
+    return os.path.relpath(base, folder) if together else str(base)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    fresh: dict[str, Any] = {"schema": SCHEMA, "config": {}, "versions": {}, "stages": {}, "results": {}}
+    if not path.exists():
+        return fresh
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise StageError(
+                f"'{path}' has schema {record['schema']}, this version reads {SCHEMA}", hint="update usae-probe"
+            )
+        return {**fresh, **record, "stages": dict(record["stages"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged: {error}", hint="restore it, or remove it to do all stages again"
+        ) from error
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue

@@ -1,0 +1,87 @@
+"""The stages, the config keys each depends on, and the file that stands for its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..config import RunConfig
+from ..files import sha256
+
+Stage = Literal["harvest", "train", "evaluate", "cam"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+MEASURING: tuple[Stage, ...] = STAGES[:3]
+"""What a run does when its config has no `[cam]` table: pictures are made on demand, they take a model's gradients."""
+
+RESULTS: dict[Stage, tuple[str, ...]] = {
+    "harvest": ("buffer/manifest.json",),
+    "train": ("usae.safetensors", "usae.json", "history.jsonl"),
+    "evaluate": ("metrics.json", "latents.csv"),
+    "cam": ("cam/cam.json",),
+}
+"""Files without which a stage is not finished; the hash of the first stands for the result."""
+
+_TABLES: dict[Stage, tuple[str, ...]] = {
+    "harvest": ("models", "images", "buffer"),
+    "train": ("usae", "train"),
+    "evaluate": ("probes",),
+    "cam": ("cam",),
+}
+_WITHOUT_EFFECT = {
+    "images": ("workers",),
+    "train": ("log_every", "kernel", "device"),
+    "cam": ("batch_size",),
+}
+
+
+def earlier(stage: Stage) -> tuple[Stage, ...]:
+    """Return the stages whose results a stage works on."""
+    return STAGES[: STAGES.index(stage)]
+
+
+def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """Return what a stage's result depends on, flattened to `table.key`: config keys and the earlier results' hashes.
+
+    Args:
+        stage: the stage.
+        config: the config of the run.
+        results: {stage: hash of its result}.
+        folder: the run folder; images in it may move with it.
+    """
+    whole = json.loads(config.model_dump_json())
+    images = Path(config.image_path)
+    whole["images"]["source"] = str(images.relative_to(folder) if images.is_relative_to(folder) else images)
+    for model in whole["models"].values():
+        del model["device"]
+        if model["checkpoint"] is not None:
+            model["checkpoint's content"] = _content(config.base / Path(model["checkpoint"]).expanduser())
+    for table, idle in _WITHOUT_EFFECT.items():
+        for key in idle:
+            del whole[table][key]
+    tables = [table for done in (*earlier(stage), stage) for table in _TABLES[done]]
+    keys: dict[str, Any] = dict(_flatten({table: whole[table] for table in tables}))
+    # The same keys with other pictures behind them, say.
+    return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}
+
+
+def _content(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    state = path.stat()
+    return _hashed(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _hashed(path: Path, *_: int) -> str:
+    return sha256(path)  # asked for several times in a run: once per state of the file
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
