@@ -155,12 +155,11 @@ def test_a_run_makes_pictures_when_its_config_has_the_table(folder: Path) -> Non
 # --- which latents ---
 
 
-def table(folder: Path, rows: list[tuple[str, float, str, float]]) -> Path:
+def table(folder: Path, rows: list[tuple[str, str, float, str, float]]) -> Path:
     folder.mkdir(exist_ok=True)
-    lines = ["latent,category,total_energy,follows,auroc[a/x],auroc[b/y]"]
-    lines += [
-        f"{i},{category},{energy},{label},{score},0.95" for i, (category, energy, label, score) in enumerate(rows)
-    ]
+    lines = ["latent,category,fires_in,total_energy,follows,auroc[a/x],auroc[b/y]"]
+    for i, (category, fires_in, energy, label, score) in enumerate(rows):
+        lines.append(f"{i},{category},{fires_in},{energy},{label},{score if label else ''},{0.95 if label else ''}")
     (folder / "latents.csv").write_text("\n".join(lines) + "\n")
     (folder / "metrics.json").write_text('{"class_sites": ["a/x", "b/y"], "factors": {"auroc": 0.9}}')
     return folder
@@ -168,23 +167,37 @@ def table(folder: Path, rows: list[tuple[str, float, str, float]]) -> Path:
 
 def test_latents_are_chosen_by_energy_or_number(tmp_path: Path) -> None:
     rows = [
-        ("universal", 1.0, "colour=red", 0.99), ("partial", 9.0, "colour=red", 0.99), ("universal", 3.0, "a=b", 0.89),
-        ("universal", 2.0, "shape=star", 0.9), ("dead", 0.0, "", 0.5),
-    ]  # fmt: skip
+        ("universal", "a/x b/y", 1.0, "colour=red", 0.99),
+        ("specific", "a/x", 9.0, "colour=red", 0.99),
+        ("universal", "a/x b/y", 3.0, "a=b", 0.89),
+        ("universal", "a/x b/y", 2.0, "shape=star", 0.9),
+        ("dead", "", 0.0, "", 0.0),
+        ("chance", "a/x b/y", 4.0, "shape=ring", 0.95),
+    ]
     folder = table(tmp_path / "t", rows)
     assert choose_latents("top:8", folder) == [2, 3, 0]
     assert choose_latents("top:2", folder) == [2, 3]
-    assert choose_latents("factors:8", folder) == [3, 0]
+    assert choose_latents("factors:8", folder) == [5, 3, 0]
     assert choose_latents("4, 1,4", folder) == [4, 1]
-    assert followed_labels(folder)[0] == "colour = red"
-    assert 4 not in followed_labels(folder)
-    with pytest.raises(UsageError, match="there is no latent 5") as caught:
-        choose_latents("1,5", folder)
-    assert "0 to 4" in caught.value.hint
+    assert followed_labels(folder) == {0: "colour = red", 3: "shape = star", 5: "shape = ring"}
+    with pytest.raises(UsageError, match="there is no latent 6") as caught:
+        choose_latents("1,6", folder)
+    assert "0 to 5" in caught.value.hint
     with pytest.raises(UsageError, match=r"no latent of .* is universal: none"):
-        choose_latents("top:8", table(tmp_path / "u", [("specific", 1.0, "", 0.5)]))
+        choose_latents("top:8", table(tmp_path / "u", [("specific", "a/x", 1.0, "", 0.5)]))
     with pytest.raises(UsageError, match="follows a label"):
-        choose_latents("factors:8", table(tmp_path / "u", [("universal", 1.0, "a=b", 0.5)]))
+        choose_latents("factors:8", table(tmp_path / "u", [("universal", "a/x b/y", 1.0, "a=b", 0.5)]))
+
+
+def test_following_is_what_the_report_says(tmp_path: Path) -> None:
+    """The files of a real evaluation and the report agree; the threshold is low enough to let something through."""
+    base, folder = put_tiny_run(tmp_path), tmp_path / "run"
+    save_drawings(base / "images.npz", draw_images(200, size=32))
+    config = RunConfig.from_dict(CONFIG | {"probes": {"min_fires": 2, "auroc": 0.5}}, base=base)
+    report = Run(config, folder).run().report
+    assert report is not None
+    assert 0 < len(report.following) < 16
+    assert choose_latents("factors:99", folder) == [record.latent for record in report.following]
 
 
 @pytest.mark.parametrize("text", ["top", "top:0", "best:8", "1,,2", "-3", ""])

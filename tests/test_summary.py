@@ -228,13 +228,12 @@ def test_parts_that_an_older_version_did_not_write_are_left_out() -> None:
     assert "entropy" not in screen(entropy_histogram=empty, top_latents=[])
 
 
-def test_pictures_files_note_and_hint() -> None:
+def test_pictures_files_and_hint() -> None:
     files = {"measures": Path("run/metrics.json"), "deep": Path("x" * 100)}
-    text = printed(run_summary(overview_of(TWO), metrics_of(TWO), files, note="untrained", hint="next: usae-probe cam"))
+    text = printed(run_summary(overview_of(TWO), metrics_of(TWO), files, hint="next: usae-probe cam"))
     assert "CAM: 15 of 16 pictures fire their latent above every held-out image in their own model" in joined(text)
     assert re.search(r"measures +run/metrics.json", text)
     assert text.count("x") >= 100  # folded, not cut
-    assert text.startswith("untrained\n")
     assert text.endswith("next: usae-probe cam\n")
     one = overview_of(TWO, cam={"n_pictures": 1, "n_above": 1})
     assert "1 of 1 picture fires its latent" in printed(run_summary(one, metrics_of(TWO), {}))
@@ -248,8 +247,8 @@ def test_markup_in_names_is_shown_as_it_is() -> None:
     files = {"[b]measures": Path("[blue]/metrics.json")}
     follows = {"factor": "[i]", "value": "[/i]", "auroc": dict.fromkeys(sites, 0.95)}
     metrics = metrics_of(sites, top_latents=[latent(1, list(sites), follows=follows)])
-    text = printed(run_summary(overview_of(sites), metrics, files, note="[i]note", hint="[u]hint"))
-    for name in (*sites, "[b]measures", "[blue]/metrics.json", "[i]note", "[u]hint", "[red] ([red]10t)", "[i] = [/i]"):
+    text = printed(run_summary(overview_of(sites), metrics, files, hint="[u]hint"))
+    for name in (*sites, "[b]measures", "[blue]/metrics.json", "[u]hint", "[red] ([red]10t)", "[i] = [/i]"):
         assert name in text
 
 

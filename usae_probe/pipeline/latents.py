@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError
 
@@ -29,13 +27,13 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
             if number >= len(rows):
                 raise UsageError(f"there is no latent {number}", hint=f"latents are numbered 0 to {len(rows) - 1}")
         return numbers
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    universal = [row for row in rows if row["category"] == "universal"]
-    found = universal if kind == "top" else [row for row in universal if _follows(row, metrics)]
+    if kind == "top":
+        what, found = "is universal", [row for row in rows if row["category"] == "universal"]
+    else:
+        what, found = "follows a label of the images in every model", _following(rows, folder)
     if not found:
-        what = "universal" if kind == "top" else "universal and follows a label of the images in every model"
         raise UsageError(
-            f"no latent of '{folder}' is {what}: none to make pictures of",
+            f"no latent of '{folder}' {what}: none to make pictures of",
             hint="choose latents by number, --latents 273,8; latents.csv lists them with their classes",
         )
     found.sort(key=lambda row: -float(row["total_energy"]))
@@ -43,20 +41,26 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
 
 
 def followed_labels(folder: Path) -> dict[int, str]:
-    """Return the label that each latent follows best, `colour = red`, where the images carry labels."""
-    labels = {int(row["latent"]): row.get("follows", "") for row in _latent_rows(folder)}
-    return {latent: label.replace("=", " = ", 1) for latent, label in labels.items() if label}
+    """Return the label of each latent that follows one in every model, `colour = red`."""
+    rows = _following(_latent_rows(folder), folder)
+    return {int(row["latent"]): row["follows"].replace("=", " = ", 1) for row in rows}
+
+
+def _following(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
+    """Return the rows of the latents in `UniversalityReport.following`."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    factors, sites = metrics.get("factors"), set(metrics["class_sites"])
+    if factors is None:
+        return []
+    return [
+        row
+        for row in rows
+        if set(row["fires_in"].split()) == sites
+        and row["follows"]
+        and all(float(row[f"auroc[{site}]"]) >= factors["auroc"] for site in sites)
+    ]
 
 
 def _latent_rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "latents.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def _follows(row: Mapping[str, str], metrics: Mapping[str, Any]) -> bool:
-    """Say whether a universal latent follows a label in every model as closely as the evaluation asked."""
-    factors = metrics.get("factors")
-    if factors is None:
-        return False
-    scores = [row.get(f"auroc[{site}]") for site in metrics["class_sites"]]
-    return all(score and float(score) >= factors["auroc"] for score in scores)

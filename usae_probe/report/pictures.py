@@ -25,7 +25,8 @@ _STRONGEST = "strongest held-out image"
 _CAPTION = (
     "CAM: gradient ascent on z_pre from noise, through the model's own preprocessing; below it z of the picture as a "
     "multiple of the largest z on held-out images. Images: those of the run that fire the latent most. "
-    "Curves: z_pre of the transformed picture / largest z on held-out images."
+    "Curves: z_pre of the transformed picture / largest z on held-out images. "
+    "Under a latent's number: the label it follows in every model, where there is one."
 )
 _UNDIVIDED = " Dotted: z_pre itself, where no held-out image fires the latent."
 

@@ -22,7 +22,7 @@ WIDTH = 80
 
 
 def run_summary(
-    overview: Mapping[str, Any], metrics: Mapping[str, Any], files: Mapping[str, Path], note: str = "", hint: str = ""
+    overview: Mapping[str, Any], metrics: Mapping[str, Any], files: Mapping[str, Path], hint: str = ""
 ) -> RenderableType:
     """Return the closing screen of a run.
 
@@ -31,11 +31,9 @@ def run_summary(
             `n_latents`, `k`, and `cam`: None or {"n_pictures", "n_above"}.
         metrics: the content of `metrics.json`; parts that an older version did not write are left out.
         files: where the results are, by what they are.
-        note: said first.
         hint: what to try next, said last.
     """
     parts: list[RenderableType | None] = [
-        Text(note, style="yellow") if note else None,
         Group(_answer(overview, metrics), _setting(overview, metrics)),
         r2_matrix(metrics, WIDTH),
         classes_and_entropy(metrics),
