@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import torch
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.errors import BufferIntegrityError, SiteError, UsageError
-from usae_probe.probes import Exemplar, NaturalFires, find_exemplars
+from usae_probe.probes import Exemplar, NaturalFires, exemplars, find_exemplars
 from usae_probe.split import SPLITS
 from usae_probe.usae import USAE, Codes
 
 from . import oracles
 
-MODULE = sys.modules[exemplars.__module__]  # the package has a function of that name
 DIMS = {"m/early": 5, "m/late": 6, "n/layer": 7}
 
 
@@ -55,7 +53,7 @@ def assert_same(found: NaturalFires, wanted: NaturalFires) -> None:
 def test_dense_codes_say_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_image: int, chunk: int, n: int
 ) -> None:
-    monkeypatch.setattr(MODULE, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(exemplars, "CHUNK_ROWS", chunk)
     buffer = made(tmp_path / "acts", per_image=per_image)
     usae = USAE(DIMS, 12, 3, seed=1)
     latents = [5, 0, 11, 5]
@@ -104,7 +102,7 @@ class TestByHand:
         assert [e[:2] for e in found[0]["m/a"].exemplars] == [(0, 6.0), (1, 5.0)]
 
     def test_a_dropped_image_comes_back_with_a_better_row(self) -> None:
-        best = MODULE._Best([0], 2, 1)
+        best = exemplars._Best([0], 2, 1)
         for image, value in [(0, 5.0), (1, 1.0), (1, 9.0), (2, 7.0)]:  # image 1 does not get the one place at first
             codes = Codes(torch.tensor([[value]]), torch.tensor([[0]]))
             best.add(codes, np.array([image]), "train")
@@ -134,7 +132,7 @@ def test_sites_by_default_progress_and_no_latents(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    best, usae = MODULE._Best([0, 1, 2], 12, 4), USAE(DIMS, 12, 3)
+    best, usae = exemplars._Best([0, 1, 2], 12, 4), USAE(DIMS, 12, 3)
     for seed in range(5):
         x = torch.randn(500, 6, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -34,7 +35,33 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) 
     assert {top for top in tops if not top.endswith(".dist-info")} == {"usae_probe", "usae_adapters"}
     expected = {str(path.relative_to(ROOT)).removeprefix("adapters/") for path in SOURCES}
     expected |= {"usae_probe/py.typed", "usae_adapters/py.typed", "usae_probe/demo/demo.toml"}
+    expected |= {f"usae_probe/demo/{name}" for name in ("networks.json", "resnet.safetensors", "vit.safetensors")}
     assert {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected
+
+
+def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
+    assert sum(entry.file_size for entry in wheel.infolist()) < 5e6
+
+
+def test_the_demo_of_the_wheel_attaches_and_draws_from_nothing_else(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Unpacked elsewhere, first on the path, in a process of its own: weights, drawings and adapters are its own."""
+    wheel.extractall(tmp_path / "site")
+    code = (
+        "from pathlib import Path\n"
+        "import usae_probe, usae_adapters, usae_probe as up, usae_probe.demo as demo\n"
+        "assert all(str(Path('site').resolve()) in m.__file__ for m in (usae_probe, usae_adapters))\n"
+        "demo.N_IMAGES = 4\n"
+        "config = demo.prepare_demo(Path('d'))\n"
+        "for name, entry in config.models.items():\n"
+        "    given = entry.model_dump(exclude={'adapter', 'name', 'layers'})\n"
+        "    given |= {'adapter': 'timm', 'name': name, 'layers': entry.layers, 'base': config.base}\n"
+        "    with up.attach(entry.name, **given) as m:\n"
+        "        assert len(m.sites) == 2\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_wheel_declares_entry_points_and_unpinned_dependencies(wheel: zipfile.ZipFile) -> None:
