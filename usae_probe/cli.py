@@ -66,15 +66,16 @@ def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"), as_json: Json = False
 ) -> None:
-    """Do it all on two small trained networks and drawn images: no network, no data, some two minutes."""
+    """Do it all on two small trained networks and drawn images: no network, no data, about two minutes."""
     with _guard(as_json, str(out)):
-        from .demo import prepare_demo
+        from .demo import one_thread, prepare_demo
 
         hint = (
-            f"Your own models: start from a copy of {out / 'demo.toml'}; `usae-probe layers timm:resnet18` lists the "
-            "layers of a model."
+            f"Your own models: start from a copy of {out / 'demo.toml'};\n"
+            "usae-probe layers timm:resnet18 lists a model's layers."
         )
-        _run_stages(prepare_demo(out), out, as_json, None, hint=hint)
+        with one_thread():
+            _run_stages(prepare_demo(out), out, as_json, None, hint=hint)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError, nearest
 from .sites import Site, check_model_name
@@ -139,7 +139,6 @@ class CamConfig(_Table):
 
     latents: str = Field(
         "top:8",
-        pattern=r"^((top|factors):[1-9]\d*|\d+( *, *\d+)*)$",
         description="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8",
     )
     steps: int = Field(256, ge=1, description="steps of gradient ascent per picture")
@@ -149,6 +148,13 @@ class CamConfig(_Table):
     batch_size: int = Field(16, ge=1, description="latents that are optimised at once")
     exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
     seed: int = Field(0, ge=0, description="seed of starts, shifts and scales")
+
+    @field_validator("latents")
+    @classmethod
+    def _spelled(cls, text: str) -> str:
+        if not re.fullmatch(r"(top|factors):[1-9]\d*|\d+( *, *\d+)*", text.strip()):
+            raise ValueError("it names no latents")
+        return text.strip()
 
 
 class RunConfig(_Table):

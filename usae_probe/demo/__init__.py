@@ -1,33 +1,86 @@
-"""The embedded default: drawn images, and the config that `usae-probe demo` runs."""
+"""The embedded default: drawn images of known factors, two networks trained on them, and the config of the demo."""
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from ..config import RunConfig
-from .drawings import Drawings, draw_images, save_drawings
+from ..files import replacing
+from .drawings import FACTOR_NAMES, Drawings, draw_images, save_drawings
 
-N_IMAGES = 2000
-UNTRAINED = (
-    "The demo's networks are untrained: what they share here is what untrained networks share. Try your own models."
-)
+N_IMAGES = 4000
+SIZE = 64
 
-__all__ = ["N_IMAGES", "UNTRAINED", "Drawings", "demo_config", "draw_images", "prepare_demo", "save_drawings"]
+__all__ = [
+    "FACTOR_NAMES",
+    "N_IMAGES",
+    "SIZE",
+    "Drawings",
+    "demo_config",
+    "draw_images",
+    "networks",
+    "one_thread",
+    "prepare_demo",
+    "save_drawings",
+]
+
+
+def networks() -> dict[str, dict[str, Any]]:
+    """Return what is known of the shipped networks: hash, training and held-out accuracy per factor, by name."""
+    known: dict[str, dict[str, Any]] = json.loads(_content("networks.json"))
+    return known
 
 
 def demo_config(folder: Path) -> RunConfig:
-    """Return the demo's config with its images in `folder`."""
-    text = files(__package__).joinpath("demo.toml").read_text(encoding="utf-8")
-    return RunConfig.from_dict(tomllib.loads(text), base=folder.resolve())
+    """Return the demo's config with its images and weights in `folder`."""
+    return RunConfig.from_dict(tomllib.loads(_content("demo.toml").decode()), base=folder.resolve())
 
 
 def prepare_demo(folder: Path) -> RunConfig:
-    """Draw the demo's images into `folder`, unless they are there, and return its config."""
+    """Put the demo's images, weights and config into `folder`, as far as they are not there, and return its config.
+
+    The folder can then be moved, and `demo.toml` in it be changed and run.
+    """
     config = demo_config(folder)
-    path = Path(config.image_path)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_drawings(path, draw_images(N_IMAGES, size=64, seed=0))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (model.checkpoint for model in config.models.values()):
+        if name is not None:
+            _put(folder / name, _content(name), replace=True)
+    _put(folder / "demo.toml", _content("demo.toml"), replace=False)  # people change it
+    images = Path(config.image_path)
+    if not images.exists():
+        save_drawings(images, draw_images(N_IMAGES, size=SIZE, seed=0))
     return config
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: in networks this small threads only wait for each other, for minutes on a busy machine.
+
+    It also makes the demo's figures the same on every machine with the same kind of processor.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _content(name: str) -> bytes:
+    return files(__package__).joinpath(name).read_bytes()
+
+
+def _put(path: Path, content: bytes, *, replace: bool) -> None:
+    if path.exists() and (not replace or path.read_bytes() == content):
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

@@ -66,7 +66,9 @@ class RunRecord:
             UsageError: when the folder holds no run.
         """
         if not self._data["stages"]:
-            found = "no run.json in it" if self.folder.is_dir() else "no such folder"
+            found = "no such folder"
+            if self.folder.exists():
+                found = "no run.json in it" if self.folder.is_dir() else "it is a file"
             raise UsageError(
                 f"'{self.folder}' is no run folder: {found}",
                 hint="give the folder that `usae-probe run` or `usae-probe demo` wrote to",
