@@ -15,7 +15,7 @@ from PIL import Image
 import usae_probe as up
 from usae_probe import Run, RunConfig
 from usae_probe.demo import draw_images, save_drawings
-from usae_probe.errors import StageError, UsaeProbeWarning, UsageError
+from usae_probe.errors import ConfigError, NoLatentsError, StageError, UsaeProbeWarning, UsageError
 from usae_probe.pipeline import RunRecord
 from usae_probe.pipeline.latents import choose_latents, followed_labels
 
@@ -150,6 +150,21 @@ def test_a_run_makes_pictures_when_its_config_has_the_table(folder: Path) -> Non
         ("harvest", True), ("train", True), ("evaluate", True), ("cam", False)
     ]  # fmt: skip
     assert Run(config, folder).run().stages[-1].kept
+
+
+def test_a_run_without_a_latent_to_show_warns_and_ends_but_cam_alone_fails(folder: Path) -> None:
+    config = RunConfig.from_dict(CONFIG | {"cam": {"latents": "factors:8"}}, base=folder.parent)
+    with pytest.warns(UsaeProbeWarning, match="no latent of .* follows a label of the images in every model"):
+        result = Run(config, folder).run()
+    assert [stage.stage for stage in result.stages] == ["harvest", "train", "evaluate"]
+    assert (result.cam, result.metrics is None) == (None, False)
+    with pytest.raises(NoLatentsError, match="none to make pictures of"):
+        Run(config, folder).run(("cam",))
+
+
+def test_a_number_that_no_latent_can_have_is_refused_before_any_work() -> None:
+    with pytest.raises(ConfigError, match=r"cam.latents names latent 16, but usae.n_latents = 16"):
+        RunConfig.from_dict(CONFIG | {"cam": {"latents": "3, 16"}}, base=Path())
 
 
 # --- which latents ---

@@ -169,6 +169,17 @@ class RunConfig(_Table):
     cam: CamConfig = CamConfig()
     _base: Path = PrivateAttr(default_factory=Path.cwd)
 
+    @model_validator(mode="after")
+    def _latents_are_there(self) -> RunConfig:
+        given = self.cam.latents
+        largest = -1 if ":" in given else max(map(int, given.split(",")))
+        if largest >= self.usae.n_latents:
+            raise ValueError(
+                f"cam.latents names latent {largest}, but usae.n_latents = {self.usae.n_latents}: latents are numbered "
+                f"0 to {self.usae.n_latents - 1}"
+            )
+        return self
+
     @property
     def base(self) -> Path:
         """The folder that relative paths start from: the config file's own."""
@@ -238,6 +249,8 @@ def checked(model: type[T], data: Mapping[str, Any]) -> T:
         if first["type"] == "missing":
             raise ConfigError(f"config key '{key}' is missing", hint=_description(model, path)) from None
         reason = first["msg"].removeprefix("Value error, ")
+        if not path and model is RunConfig:  # about tables together: the reason names the keys
+            raise ConfigError(reason) from None
         given = "" if isinstance(first["input"], dict) else f", given {first['input']!r}"
         raise ConfigError(f"config key '{key}': {reason}{given}", hint=_description(model, path)) from None
 

@@ -51,6 +51,10 @@ class UnknownLayerError(UsageError):
     """The model has no such layer, or never runs it."""
 
 
+class NoLatentsError(UsageError):
+    """No latent is of the kind that pictures were asked for."""
+
+
 class AdapterError(UsaeProbeError):
     """An adapter could not be imported or could not build its model."""
 

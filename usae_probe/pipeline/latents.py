@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import NoLatentsError, UsageError
 
 
 def choose_latents(asked: str, folder: Path) -> list[int]:
@@ -17,7 +17,8 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
         folder: a run folder with `latents.csv` and `metrics.json`.
 
     Raises:
-        UsageError: when there are none of the kind, or a number is none of the latents.
+        NoLatentsError: when there are none of the kind.
+        UsageError: when a number is none of the latents.
     """
     rows = _latent_rows(folder)
     kind, _, n = asked.partition(":")
@@ -32,7 +33,7 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
     else:
         what, found = "follows a label of the images in every model", _following(rows, folder)
     if not found:
-        raise UsageError(
+        raise NoLatentsError(
             f"no latent of '{folder}' {what}: none to make pictures of",
             hint="choose latents by number, --latents 273,8; latents.csv lists them with their classes",
         )

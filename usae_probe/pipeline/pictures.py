@@ -56,7 +56,7 @@ class CamStage:
 
         Raises:
             StageError: when a model's weights are not those that were harvested.
-            UsageError: when no latent can be chosen, or a number is none of the latents.
+            NoLatentsError, UsageError: when no latent can be chosen, or a number is none of the latents.
         """
         _demand_same_weights(models, buffer)
         latents = choose_latents(self.config.cam.latents, self.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from ..adapter import attach, check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import BufferIntegrityError, StageError
+from ..errors import BufferIntegrityError, NoLatentsError, StageError, UsaeProbeWarning
 from ..files import write_text
 from ..harvesting import buffer_spec, harvest
 from ..hooks import HookedModel
@@ -106,19 +107,29 @@ class Run:
     def run(self, stages: tuple[Stage, ...] | None = None) -> RunResult:
         """Do `stages` in order; a single later stage needs the earlier ones' results in the folder.
 
+        A whole run that finds no latent to make pictures of warns and ends without.
+
         Raises:
             StageError: when an earlier stage's results are missing or belong to another config.
+            NoLatentsError: when only pictures were asked for, and there is no latent to make them of.
         """
         stages = stages or self.stages
         for before in earlier(stages[0]):
             self._require(before)
-        results = [self._stage(stage) for stage in stages]
+        results = []
+        for stage in stages:
+            try:
+                results.append(self._stage(stage))
+            except NoLatentsError as error:
+                if not results:
+                    raise
+                warnings.warn(str(error), UsaeProbeWarning, stacklevel=2)
         measured = "evaluate" in (*earlier(stages[-1]), *stages)
         return RunResult(
             self.folder,
             results,
             metrics=self._json("metrics.json") if measured else None,
-            cam=self._json("cam/cam.json") if "cam" in stages else None,
+            cam=self._json("cam/cam.json") if any(done.stage == "cam" for done in results) else None,
             report=self._report,
         )
 
