@@ -267,6 +267,7 @@ FAILURES: dict[str, tuple[list[str], Callable[[], Any], int, str, str]] = {
     "cam before its time": (
         ["cam", "r", "--latents", "3"], lambda: evaluated(("harvest",)), 1, "StageError", "has no finished train",
     ),
+    "file in the demo's way": (["demo", "--out", "c.toml"], lambda: None, 2, "UsageError", "a file is in the way"),
     "file in the way": (["run", "c.toml", "--out", "nets.py"], lambda: None, 2, "UsageError", "a file is in the way"),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..errors import UsageError
 from ..files import replacing
 from .drawings import FACTOR_NAMES, Drawings, draw_images, save_drawings
 
@@ -46,7 +47,12 @@ def prepare_demo(folder: Path) -> RunConfig:
     """Put the demo's images, weights and config into `folder`, as far as they are not there, and return its config.
 
     The folder can then be moved, and `demo.toml` in it be changed and run.
+
+    Raises:
+        UsageError: when `folder` is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the demo cannot be put into {folder}: a file is in the way", hint="choose another --out")
     config = demo_config(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (model.checkpoint for model in config.models.values()):
