@@ -343,7 +343,14 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(cli: Command, tmp_path: P
     assert whole.status == 0
     command = [sys.executable, "-m", "usae_probe", "run", "c.toml", "--out", "r", "--json"]
     process = subprocess.Popen(
-        command, env=environment(SLOW="0.1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        command,
+        env=environment(SLOW="0.1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # A shell that started the tests in the background has them, and all their children, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not Path("r/buffer/shard-00002.h5").exists() and time.monotonic() < deadline:
