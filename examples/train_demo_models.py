@@ -1,6 +1,6 @@
 """Train the two networks that the package ships for its demo, and write their weights.
 
-    python examples/train_demo_models.py                 # both, about 40 minutes on two cores
+    python examples/train_demo_models.py                 # both, about 50 minutes
     python examples/train_demo_models.py --only vit
 
 A ResNet and a ViT (timm architectures, as `usae_probe/demo/demo.toml` names them) learn to tell all five factors of

@@ -55,7 +55,7 @@ def test_both_networks_have_learned_every_factor(name: str, script: ModuleType) 
 def test_the_readme_has_the_figures_of_the_record() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, facts in networks().items():
-        shares = " | ".join(f"{100 * share:.1f}" for share in facts["held_out_accuracy"].values())
+        shares = " | ".join(f"{100 * share:.2f}" for share in facts["held_out_accuracy"].values())
         assert f"| {name} | {facts['parameters']:,} | {shares} | `{facts['sha256'][:12]}` |" in text
 
 
