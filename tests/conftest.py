@@ -35,7 +35,7 @@ def _seeded() -> None:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Run on one thread: on tiny products threads only wait for each other, and bits can depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    from usae_probe.demo import one_thread  # not at the top: pytest's type checks are not on yet there
+
+    with one_thread():
+        yield

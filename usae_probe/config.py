@@ -149,6 +149,11 @@ class CamConfig(_Table):
     exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
     seed: int = Field(0, ge=0, description="seed of starts, shifts and scales")
 
+    @property
+    def numbers(self) -> list[int]:
+        """The latents that are asked for by number, each once; none for `top:8` and the like."""
+        return [] if ":" in self.latents else list(dict.fromkeys(map(int, self.latents.split(","))))
+
     @field_validator("latents")
     @classmethod
     def _spelled(cls, text: str) -> str:
@@ -171,8 +176,7 @@ class RunConfig(_Table):
 
     @model_validator(mode="after")
     def _latents_are_there(self) -> RunConfig:
-        given = self.cam.latents
-        largest = -1 if ":" in given else max(map(int, given.split(",")))
+        largest = max(self.cam.numbers, default=-1)
         if largest >= self.usae.n_latents:
             raise ValueError(
                 f"cam.latents names latent {largest}, but usae.n_latents = {self.usae.n_latents}: latents are numbered "

@@ -121,6 +121,11 @@ def check_model_name(name: str) -> None:
         raise SiteError(f"model name '{name}' is not usable in a site", hint="use letters, digits, '_', '.' and '-'")
 
 
+def model_of(site: str) -> str:
+    """Return the model's name in a spelled-out site."""
+    return site.partition("/")[0]
+
+
 def file_stem(site: str) -> str:
     """Spell a site for file and data-set names: `/` becomes `__`."""
     return site.replace("/", "__")

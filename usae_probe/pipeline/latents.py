@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+from ..config import CamConfig
 from ..errors import NoLatentsError, UsageError
 
 
@@ -21,13 +22,12 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
         UsageError: when a number is none of the latents.
     """
     rows = _latent_rows(folder)
-    kind, _, n = asked.partition(":")
-    if not n:
-        numbers = list(dict.fromkeys(int(number) for number in asked.split(",")))
-        for number in numbers:
-            if number >= len(rows):
-                raise UsageError(f"there is no latent {number}", hint=f"latents are numbered 0 to {len(rows) - 1}")
+    for number in (numbers := CamConfig(latents=asked).numbers):
+        if number >= len(rows):
+            raise UsageError(f"there is no latent {number}", hint=f"latents are numbered 0 to {len(rows) - 1}")
+    if numbers:
         return numbers
+    kind, _, n = asked.partition(":")
     if kind == "top":
         what, found = "is universal", [row for row in rows if row["category"] == "universal"]
     else:

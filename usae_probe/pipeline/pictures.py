@@ -1,7 +1,7 @@
 """The pictures of a run: CAM of chosen latents in every model, beside the images that fire them most.
 
-Every picture is saved as soon as it is made (`cam/pictures.json` says what is there), so that an interrupted run goes
-on with the next, and asking for other latents keeps those that there are.
+Pictures are saved as each batch of them is made (`cam/pictures.json` says what is there), so that an interrupted run
+goes on with the next, and asking for other latents keeps those that there are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..images import ImageSource, Preprocessing, decode_file
 from ..probes import NaturalFires, find_exemplars, one_site_per_model
 from ..probes.cam import CamPicture, CamProgress, iter_pictures
 from ..report.pictures import SheetCell, SheetColumn, cam_sheet, save_png
+from ..sites import file_stem, model_of
 from ..usae import USAE
 from .latents import choose_latents, followed_labels
 from .source import same_source
@@ -61,13 +62,11 @@ class CamStage:
         _demand_same_weights(models, buffer)
         latents = choose_latents(self.config.cam.latents, self.folder)
         sites = one_site_per_model(usae.sites, self.config.probes.sites)
-        natural: Mapping[int, Mapping[str, NaturalFires]] = find_exemplars(
-            usae, buffer, latents, sites=sites, n=self.config.cam.exemplars
-        )
+        natural = find_exemplars(usae, buffer, latents, sites=sites, n=self.config.cam.exemplars)
+        by_site = {site: next(model for model in models if model.name == model_of(site)) for site in sites}
         self.result.unlink(missing_ok=True)  # from here on it would speak of pictures that are being replaced
-        records = self._make(usae, models, latents, sites, progress)
+        records = self._make(usae, by_site, latents, progress)
         source = same_source(self.config, buffer)
-        by_site = {site: next(model for model in models if model.name == site.partition("/")[0]) for site in sites}
         sheets = self._sheets(latents, by_site, records, natural, source)
         pictures = [_described(records[latent, site], natural[latent][site]) for latent in latents for site in sites]
         write_json(
@@ -86,9 +85,8 @@ class CamStage:
     def _make(
         self,
         usae: USAE,
-        models: Sequence[HookedModel],
+        models: Mapping[str, HookedModel],
         latents: Sequence[int],
-        sites: Sequence[str],
         progress: Callable[[CamProgress], None],
     ) -> Records:
         """Make the pictures that are not there yet, site by site; return the records of all that are there."""
@@ -96,10 +94,10 @@ class CamStage:
         made_from = {
             "usae": sha256(self.folder / "usae.safetensors"),
             "settings": how.model_dump(exclude={"latents", "batch_size", "exemplars"}),
-            "weights": {model.name: model.weights_hash for model in models},
+            "weights": {model.name: model.weights_hash for model in models.values()},
         }
         records = self._kept(made_from)
-        missing = {site: [latent for latent in latents if (latent, site) not in records] for site in sites}
+        missing = {site: [latent for latent in latents if (latent, site) not in records] for site in models}
         batches = {site: -(-len(todo) // how.batch_size) for site, todo in missing.items()}
         total, before = sum(batches.values()) * how.steps, 0
         for site, todo in missing.items():
@@ -109,15 +107,16 @@ class CamStage:
             def follow(now: CamProgress, before: int = before) -> None:
                 progress(CamProgress(now.site, before + now.done, total))
 
-            model = [model for model in models if model.name == site.partition("/")[0]]
-            for picture in iter_pictures(usae, model, todo, sites=[site], config=how, progress=follow):
+            pictures = iter_pictures(usae, [models[site]], todo, sites=[site], config=how, progress=follow)
+            for made, picture in enumerate(pictures, start=1):
                 records[picture.latent, site] = self._save(picture)
-                write_json(self._store, {"made_from": made_from, "pictures": list(records.values())})
+                if made % how.batch_size == 0 or made == len(todo):  # a batch's pictures come all at once
+                    write_json(self._store, {"made_from": made_from, "pictures": list(records.values())})
             before += batches[site] * how.steps
         return records
 
     def _save(self, picture: CamPicture) -> dict[str, Any]:
-        name = f"latent-{picture.latent:05d}__{picture.site.replace('/', '__')}.png"
+        name = f"latent-{picture.latent:05d}__{file_stem(picture.site)}.png"
         save_png(picture.pixels, self.folder / "cam" / name)
         return {
             "latent": picture.latent,

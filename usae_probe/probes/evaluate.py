@@ -11,6 +11,7 @@ from ..buffer import ActivationBuffer, Rows
 from ..config import ProbesConfig, settled
 from ..errors import BufferIntegrityError, NotBuiltError, SiteError, nearest
 from ..images import Annotation
+from ..sites import model_of
 from ..split import SplitName
 from ..usae import USAE, ReconstructionSums
 from .factors import FactorScores, Follows
@@ -73,7 +74,7 @@ def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None)
         SiteError: for a site the USAE does not have, two of one model, or none at all.
     """
     if asked is None:
-        return tuple({site.partition("/")[0]: site for site in sites}.values())
+        return tuple({model_of(site): site for site in sites}.values())
     if not asked:
         raise SiteError("probes.sites is empty", hint=f"leave it out, or choose from: {', '.join(sites)}")
     for site in asked:
@@ -82,7 +83,7 @@ def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None)
                 f"probes.sites names '{site}', which is not trained on",
                 hint=f"{nearest(site, sites)} sites: {', '.join(sites)}".strip(),
             )
-    models = [site.partition("/")[0] for site in asked]
+    models = [model_of(site) for site in asked]
     for model in models:
         if models.count(model) > 1:
             raise SiteError(

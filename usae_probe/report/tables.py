@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..sites import model_of
 from .r2_table import finite, short
 
 _BAR = 16
@@ -132,7 +133,7 @@ def _per_site(spelled: Sequence[str], values: Mapping[str, float | None], sites:
 
 def _order(sites: Sequence[str]) -> str:
     """Say what several numbers in one cell are."""
-    names = [site.partition("/")[0] for site in sites]
+    names = [model_of(site) for site in sites]
     names = names if len(set(names)) == len(names) else list(sites)
     if len(sites) == 1:
         return ""

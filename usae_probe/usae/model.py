@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,16 @@ class USAE(nn.Module):
             )
         return self.sites.index(site)
 
+    def check_latents(self, latents: Iterable[int]) -> None:
+        """Check that numbers are those of latents.
+
+        Raises:
+            UsageError: for the first that is not.
+        """
+        for latent in latents:
+            if not 0 <= latent < self.n_latents:
+                raise UsageError(f"latent {latent} is out of range: the USAE has latents 0 to {self.n_latents - 1}")
+
     def normalise(self, x: RowMatrix, site: str) -> RowMatrix:
         """Return x̃ = (x − μ) / s.
 
@@ -138,9 +148,7 @@ class USAE(nn.Module):
         """
         index = self.site_index(site)
         chosen = torch.as_tensor(latents, dtype=torch.long)
-        outside = chosen[(chosen < 0) | (chosen >= self.n_latents)].tolist()
-        if outside:
-            raise UsageError(f"latent {outside[0]} is out of range: the USAE has latents 0 to {self.n_latents - 1}")
+        self.check_latents(chosen.tolist())
         chosen = chosen.to(self.W_dec.device)
         centred = self.normalise(x, site) - self.b_dec[self.columns[site]]
         z_pre: Tensor = centred @ self.W_enc[index][chosen].T + self.b_enc[index][chosen]

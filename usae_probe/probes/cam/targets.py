@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import SiteError, UsageError, nearest
 from ...hooks import HookedModel
 from ...shapes import RowMatrix
-from ...sites import Site
+from ...sites import Site, model_of
 from ...usae import USAE
 from ..evaluate import one_site_per_model
 from ..records import LatentRecord
@@ -70,9 +70,7 @@ def chosen_latents(usae: USAE, latents: Sequence[int | LatentRecord]) -> list[in
     numbers = [entry.latent if isinstance(entry, LatentRecord) else int(entry) for entry in latents]
     if not numbers:
         raise UsageError("no latents to maximise: the list is empty", hint="give numbers, such as latents=[273, 8]")
-    for number in numbers:
-        if not 0 <= number < usae.n_latents:
-            raise UsageError(f"latent {number} is out of range: the USAE has latents 0 to {usae.n_latents - 1}")
+    usae.check_latents(numbers)
     return list(dict.fromkeys(numbers))
 
 
@@ -86,7 +84,7 @@ def chosen_targets(usae: USAE, models: Sequence[HookedModel], sites: Sequence[st
     """
     by_name = _by_name(usae, models)
     if sites is None:
-        sites = [site for site in one_site_per_model(usae.sites) if _model_of(site) in by_name]
+        sites = [site for site in one_site_per_model(usae.sites) if model_of(site) in by_name]
     if not sites:
         raise SiteError("sites is empty", hint=f"leave it out, or choose from: {', '.join(usae.sites)}")
     wanted = [Site.parse(site) for site in sites]
@@ -102,7 +100,7 @@ def _by_name(usae: USAE, models: Sequence[HookedModel]) -> dict[str, HookedModel
     name, times = Counter(model.name for model in models).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{times} of the models given have the name '{name}'", hint="names tell the models apart")
-    known = tuple(dict.fromkeys(_model_of(site) for site in usae.sites))
+    known = tuple(dict.fromkeys(model_of(site) for site in usae.sites))
     for model in models:
         if model.name not in known:
             hint = f"{nearest(model.name, known)} the USAE's models: {', '.join(known)}; attach with name="
@@ -123,7 +121,3 @@ def _check_site(usae: USAE, by_name: dict[str, HookedModel], site: Site) -> None
             f"site '{site}' has d_in = {expected} in the USAE, but {found} in the model given",
             hint="attach the model that the USAE was trained on",
         )
-
-
-def _model_of(site: str) -> str:
-    return site.partition("/")[0]
