@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from usae_probe import HookedModel, attach
-from usae_probe.errors import NotBuiltError, SiteError
+from usae_probe.errors import SiteError, UsageError
 from usae_probe.hooks import Layout, default_layout, to_rows
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -133,16 +133,29 @@ def test_windows_of_all_pictures_are_no_rows() -> None:
     """Swin's window attention gives [b · windows, tokens, d]: its rows would not pair up with anything."""
     with model("swin") as hooked:
         assert info(hooked, "layers.0.blocks.0.attn").output_shape is None
-        with pytest.raises(NotBuiltError, match="outputs no single tensor that begins with the batch"):
+        with pytest.raises(SiteError, match="the layer's output has no batch axis"):
             hooked.expand(["layers.0.blocks.0.attn.qkv"])
 
 
-def test_heads_of_attention_are_no_map() -> None:
+def test_heads_of_attention() -> None:
+    batch = torch.randn(3, 3, 32, 32)
     with model("vit") as hooked:
         assert info(hooked, "blocks.0.attn.q_norm").output_shape == (2, 5, 16)
-        with pytest.raises(NotBuiltError, match=r"'blocks.0.attn.q_norm' .*'b', 2, 5, 16.*no known layout") as caught:
-            hooked.expand(["blocks.0.attn.q_norm"])
-        assert caught.value.hint
+        assert str(info(hooked, "blocks.0.attn.q_norm").layout) == "heads.cls+tokens"
+        raw = hooked.capture(batch, ["blocks.0.attn.q_norm", "blocks.0.attn.q_norm:1"])
+        heads = raw["blocks.0.attn.q_norm"]
+        assert torch.equal(raw["blocks.0.attn.q_norm:1"], heads[:, 1])
+        sites = hooked.expand([f"blocks.0.attn.q_norm{end}" for end in ("", ":1", "@mean", ":0@patch", "@all")])
+        assert [hooked.d_in(site) for site in sites] == [32, 16, 32, 16, 32]
+        pool, one, mean, patch, every = hooked.rows(batch, sites).values()
+    both = torch.cat([heads[:, 0], heads[:, 1]], dim=-1)  # [3, 5, 32]: the heads side by side
+    assert torch.equal(pool, both[:, 0])
+    assert torch.equal(one, heads[:, 1, 0])
+    torch.testing.assert_close(mean, both[:, 1:].sum(1) / 4)
+    assert torch.equal(patch, torch.cat([heads[i, 0, 1:] for i in range(3)]))
+    assert torch.equal(every, torch.cat([both[i] for i in range(3)]))
+    with model("vit") as hooked, pytest.raises(SiteError, match="head 2 of a layer that has 2 heads, numbered 0 to 1"):
+        hooked.expand(["blocks.0.attn.q_norm:2"])
 
 
 @pytest.mark.parametrize(
@@ -189,8 +202,21 @@ class Tokens(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-def test_tokens_of_an_unknown_model_are_averaged_over_all() -> None:
+class Lost(Tokens):
+    """Cuts and transforms as no rule knows: tracing loses the axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(super().forward(x).flatten(1)).real.reshape(len(x), 4, 6)
+
+
+def test_tokens_that_a_live_module_makes_are_understood() -> None:
     module = nn.Sequential(nn.Conv2d(3, 6, 8, 8), Tokens())
+    with attach(module, name="m", image_size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) as hooked:
+        assert info(hooked, "1").layout == Layout("tokens", prefix=0, grid=(2, 2))
+
+
+def test_tokens_of_unknown_meaning_are_averaged_over_all() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 6, 8, 8), Lost())
     batch = torch.randn(2, 3, 16, 16)
     with attach(module, name="m", image_size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) as hooked:
         raw = hooked.capture(batch, ["1"])["1"]
@@ -200,6 +226,85 @@ def test_tokens_of_an_unknown_model_are_averaged_over_all() -> None:
             torch.testing.assert_close(rows, raw.sum(1) / 4)
         with pytest.raises(SiteError, match="@cls needs a class token, but the layer does not say which tokens"):
             hooked.expand(["1@cls"])
+        with pytest.raises(SiteError, match="@patch needs a grid of places, but the layer does not say which"):
+            hooked.expand(["1@patch"])
+
+
+# --- layouts that the user states ---
+
+
+def stated(module: nn.Module, layout: Mapping[str, Layout | str], *layers: str) -> HookedModel:
+    values = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return attach(module, name="m", layers=layers, layout=layout, image_size=16, mean=values[0], std=values[1])
+
+
+def test_a_stated_layout_comes_first() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 6, 8, 8), Lost())
+    batch = torch.randn(3, 3, 16, 16)
+    with stated(module, {"1": "cls+1x3"}, "1", "1@patch") as hooked:
+        assert info(hooked, "1").layout == Layout("tokens", prefix=1, has_cls=True, grid=(1, 3))
+        raw = hooked.capture(batch, ["1"])["1"]
+        cls, patch = hooked.rows(batch).values()
+        assert torch.equal(cls, raw[:, 0])
+        assert torch.equal(patch, raw[:, 1:].reshape(9, 6))
+
+
+def test_a_stated_layout_overrides_what_was_found_and_globs() -> None:
+    with stated(nn.Sequential(nn.Conv2d(3, 6, 8, 8), nn.ReLU()), {"*": "nhwc"}, "0", "1") as hooked:
+        assert [hooked.d_in(site) for site in hooked.sites] == [2, 2]
+        assert info(hooked, "0").layout == Layout("nhwc", prefix=0, grid=(6, 2))
+
+
+def test_tokens_before_the_batch_can_be_stated() -> None:
+    class First(Lost):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(0, 1)
+
+    module, batch = nn.Sequential(nn.Conv2d(3, 6, 8, 8), First()), torch.randn(3, 3, 16, 16)
+    with pytest.raises(SiteError, match="no batch axis"):
+        stated(module, {}, "1")
+    with stated(module, {"1": "0+tokens, batch axis 1"}, "1", "1@all") as hooked:
+        raw = hooked.capture(batch, ["1"])["1"]
+        assert raw.shape == (4, 3, 6)
+        mean, every = hooked.rows(batch).values()
+        torch.testing.assert_close(mean, raw.mean(0))
+        assert torch.equal(every, raw.transpose(0, 1).reshape(12, 6))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"1": "cls+2x2"}, r"outputs 4 tokens, not 1 and places on a grid of 2x2"),
+        ({"1": "nchw"}, r"layout 'nchw' is stated for layer '1', which for 2 pictures outputs \[2, 4, 6\]"),
+        ({"1": "tokens, batch axis 1"}, r"for 2 pictures outputs \[2, 4, 6\]"),
+        ({"1": "clas+tokens"}, r"'clas\+tokens' is no layout"),
+        ({"1~1": "tokens"}, "a layout is stated for 'm/1~1', but that layer runs 1 times"),
+        ({"2": "tokens"}, "model 'm' has no layer '2'"),
+    ],
+)
+def test_a_stated_layout_that_does_not_fit_is_refused(layout: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        stated(nn.Sequential(nn.Conv2d(3, 6, 8, 8), Lost()), layout)
+
+
+@pytest.mark.parametrize(
+    ("text", "layout"),
+    [
+        ("vector", Layout("vector")),
+        ("nchw", Layout("nchw", prefix=0)),
+        ("tokens", Layout("tokens")),
+        ("0+tokens", Layout("tokens", prefix=0)),
+        ("3+tokens", Layout("tokens", prefix=3)),
+        ("cls+tokens", Layout("tokens", prefix=1, has_cls=True)),
+        ("cls+4+tokens", Layout("tokens", prefix=5, has_cls=True)),
+        ("heads.cls+1+tokens", Layout("tokens", prefix=2, has_cls=True, heads="first")),
+        ("cls+tokens.heads", Layout("tokens", prefix=1, has_cls=True, heads="last")),
+        ("0+tokens, batch axis 1", Layout("tokens", prefix=0, batch_axis=1)),
+    ],
+)
+def test_spellings(text: str, layout: Layout) -> None:
+    assert Layout.parse(text) == layout
+    assert str(layout) == text
 
 
 # --- the functions themselves ---
@@ -228,7 +333,7 @@ def test_rows_are_never_a_view() -> None:
 def test_layouts_by_type_and_rank() -> None:
     assert default_layout(nn.Conv2d(1, 1, 1), (7, 4, 5)) == Layout("nchw", prefix=0, grid=(4, 5))
     assert default_layout(nn.Linear(1, 1), (4, 5, 7)) == Layout("nhwc", prefix=0, grid=(4, 5))
-    assert default_layout(nn.ReLU(), (4, 5, 7), maps_are="nhwc") == Layout("nhwc", prefix=0, grid=(4, 5))
+    assert default_layout(nn.ReLU(), (4, 5, 7)) is None  # three numbers say nothing of which are the channels
     assert default_layout(nn.ReLU(), (9,)) == Layout("vector")
     assert default_layout(nn.ReLU(), (9, 2)) == Layout("tokens")
     assert default_layout(nn.ReLU(), (9, 2, 2, 2)) is None
@@ -242,7 +347,7 @@ def test_an_adapters_rule_comes_before_the_general_one() -> None:
 
     module = nn.Sequential(nn.Conv2d(3, 6, 8, 8), Tokens())
     hooked = HookedModel(module, name="m", preprocess=lambda _: torch.zeros(1, 3, 16, 16), layout_rule=rule)
-    assert str(info(hooked, "1").layout) == "1+tokens"
+    assert str(info(hooked, "1").layout) == "cls+tokens"
     assert hooked.expand(["1@cls"])[0].policy == "cls"
-    with pytest.raises(NotBuiltError, match="no known layout"):
+    with pytest.raises(SiteError, match=r"outputs \[b, 6, 2, 2\], neither a vector nor tokens nor a map"):
         hooked.expand(["0"])

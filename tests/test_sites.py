@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usae_probe.errors import NotBuiltError, SiteError, nearest
+from usae_probe.errors import SiteError, nearest
 from usae_probe.sites import POLICIES, Site, check_model_name, file_stem
 
 MODELS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,12}", fullmatch=True)
@@ -76,28 +76,6 @@ def test_a_misspelled_policy_names_the_nearest() -> None:
     with pytest.raises(SiteError) as caught:
         Site.parse("vit/a@maen")
     assert caught.value.hint == "did you mean 'mean'?"
-
-
-@pytest.mark.parametrize(
-    ("layer", "part"),
-    [
-        ("act~1", "~1 (call of a module)"),
-        ("act~0", "~0 (call of a module)"),
-        ("enc#last", "#last (element of an output)"),
-        ("z:3", ":3 (attention head)"),
-        ("b@patch", "@patch (rows per token)"),
-        ("b@all", "@all (rows per token)"),
-    ],
-)
-def test_parts_that_are_not_built_are_refused_by_name(layer: str, part: str) -> None:
-    with pytest.raises(NotBuiltError) as caught:
-        Site.of("m", layer).require_built()
-    assert caught.value.message == f"{part} in site 'm/{layer}' is not built yet"
-
-
-@pytest.mark.parametrize("layer", ["b", "b@cls", "b@mean", "b@pool"])
-def test_parts_that_are_built(layer: str) -> None:
-    Site.of("m", layer).require_built()
 
 
 def test_names_for_files() -> None:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .errors import NotBuiltError, SiteError, nearest
+from .errors import SiteError, nearest
 
 Policy = Literal["pool", "cls", "mean", "patch", "all"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -91,24 +91,6 @@ class Site:
         head = "" if self.head is None else f":{self.head}"
         policy = "" if self.policy == "pool" else f"@{self.policy}"
         return f"{self.model}/{self.layer}{call}{element}{head}{policy}"
-
-    def require_built(self) -> None:
-        """Refuse, by name, the parts of the grammar that this version cannot serve yet.
-
-        Raises:
-            NotBuiltError: for `~call`, `#element`, `:head` and the policies `patch` and `all`.
-        """
-        asked = {
-            f"~{self.call} (call of a module)": self.call is not None,
-            f"#{self.element} (element of an output)": self.element is not None,
-            f":{self.head} (attention head)": self.head is not None,
-            f"@{self.policy} (rows per token)": self.policy in ("patch", "all"),
-        }
-        for part, given in asked.items():
-            if given:
-                raise NotBuiltError(
-                    f"{part} in site '{self}' is not built yet", hint="available: a layer with @pool, @cls or @mean"
-                )
 
 
 def check_model_name(name: str) -> None:

@@ -1,8 +1,24 @@
 """Hooks: live models with nnsight around them."""
 
-from .inspect import LayerInfo
+from .catalogue import LayerName
+from .inspect import Call, LayerInfo, Output
 from .layout import Layout, LayoutRule, default_layout
 from .model import HookedModel
-from .tokens import to_rows
+from .points import Point
+from .tokens import coarsest, from_rows, resample, to_rows
 
-__all__ = ["HookedModel", "LayerInfo", "Layout", "LayoutRule", "default_layout", "to_rows"]
+__all__ = [
+    "Call",
+    "HookedModel",
+    "LayerInfo",
+    "LayerName",
+    "Layout",
+    "LayoutRule",
+    "Output",
+    "Point",
+    "coarsest",
+    "default_layout",
+    "from_rows",
+    "resample",
+    "to_rows",
+]
