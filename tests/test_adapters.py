@@ -126,6 +126,21 @@ def test_an_adapter_that_fails_on_a_live_model_is_left_out_by_name(monkeypatch: 
     assert hooked.preprocess.mean == tuple(hooked.module.pretrained_cfg["mean"])  # timm's adapter was asked after it
 
 
+def test_two_adapters_of_one_name_are_refused_by_that_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = adapter_module.entry_points
+    monkeypatch.setitem(sys.modules, "a_plug_in_of_a_test", SimpleNamespace(Raises=Raises, NoAdapter=dict))
+    rival = EntryPoint("timm", "a_plug_in_of_a_test:NoAdapter", adapter_module.GROUP)
+    monkeypatch.setattr(adapter_module, "entry_points", lambda group: [*real(group=group), rival])
+    assert [entry.target for entry in installed_adapters()["timm"].rivals] == [rival.value]
+    with pytest.raises(UnknownAdapterError, match=r"adapter 'timm' is offered by usae-probe .* and \? \?") as caught:
+        attach("timm:test_resnet", pretrained=False)
+    assert caught.value.hint == "uninstall all but one of them"
+    with pytest.raises(AdapterError, match=r"NoAdapter, .*has no methods load\(spec\) and adopt\(module\)"):
+        installed_adapters()["timm"].rivals[0].load()
+    hooked = attach(timm.create_model("test_resnet"), image_size=32)  # live models still find their adapter
+    assert hooked.preprocess.mean == tuple(hooked.module.pretrained_cfg["mean"])
+
+
 def test_no_package_called_adapters_is_in_the_way_of_adapterhubs() -> None:
     root = Path(adapter_module.__file__).parents[1]
     assert not (root / "adapters" / "__init__.py").exists()

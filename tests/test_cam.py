@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from usae_probe.adapter import attach
+from usae_probe.attaching import attach
 from usae_probe.config import CamConfig
 from usae_probe.errors import (
     ConfigError,

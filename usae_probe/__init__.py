@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter import attach
+    from .attaching import attach
     from .buffer import ActivationBuffer
     from .config import RunConfig
     from .errors import UsaeProbeError
@@ -38,7 +38,7 @@ _HOMES = {
     "USAE": "usae",
     "UniversalityReport": "probes",
     "UsaeProbeError": "errors",
-    "attach": "adapter",
+    "attach": "attaching",
     "evaluate": "probes",
     "harvest": "harvesting",
     "maximize": "probes.cam",

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from usae_probe.adapter import attach
+from usae_probe.attaching import attach
 from usae_probe.config import RunConfig
 from usae_probe.harvesting import harvest
 from usae_probe.hooks import HookedModel

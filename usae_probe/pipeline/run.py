@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter import attach, check_device
+from ..attaching import attach, check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, NoLatentsError, StageError, UsaeProbeWarning
@@ -249,7 +249,13 @@ class Run:
         for name, entry in self.config.models.items():
             given = entry.model_dump(exclude={"adapter", "name", "layers"})
             model = attach(
-                entry.name, adapter=entry.adapter, name=name, layers=entry.layers, base=self.config.base, **given
+                entry.name,
+                adapter=entry.adapter,
+                name=name,
+                layers=entry.layers,
+                base=self.config.base,
+                where=self.config.lists_layers,
+                **given,
             )
             models.append(closing.enter_context(model))
         return models
