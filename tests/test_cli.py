@@ -155,30 +155,10 @@ def test_a_warning_is_one_line_once(cli: Command) -> None:
 def test_adapters(cli: Command) -> None:
     listed = json.loads(cli("adapters", "--json").out)["adapters"]
     assert {row["name"]: row["state"] for row in listed}.items() >= {"timm": "ok", "module": "ok"}.items()
-    assert set(listed[0]) == {"name", "target", "distribution", "version", "state"}
+    assert set(listed[0]) == {"name", "target", "distribution", "version", "origin", "state"}
     table = cli("adapters")
     assert table.status == 0
     assert "usae-probe" in table.out
-
-
-def test_layers(cli: Command) -> None:
-    document = json.loads(cli("layers", "timm:test_resnet", "--image-size", "32", "--json").out)
-    layers = document["models"]["timm:test_resnet"]
-    assert layers[0]["name"] == "conv1.0"
-    assert layers[-1] == {
-        "name": "fc", "kind": "Linear", "output_shape": [1000], "order": len(layers) - 1, "calls": 1,
-        "parameters": 97000, "layout": "vector", "aliases": [],
-    }  # fmt: skip
-    table = cli("layers", "timm:test_resnet", "--image-size", "32")
-    assert table.status == 0
-    assert "layer4.0.act2" in table.out
-    of_file = json.loads(
-        cli("layers", "module:nets.py:build", "--image-size", "16", "--option", "width=5", "--json").out
-    )
-    assert of_file["models"]["module:nets.py:build"][0]["output_shape"] == [5, 7, 7]
-    of_config = json.loads(cli("layers", "c.toml", "--json").out)["models"]
-    assert list(of_config) == ["a", "b"]
-    assert [layer["name"] for layer in of_config["b"]] == ["0", "1", "2", "3", "4"]
 
 
 def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +231,9 @@ FAILURES: dict[str, tuple[list[str], Callable[[], Any], int, str, str]] = {
         ["run", "c.toml"], lambda: changed('["3"]', '["33"]'), 2, "UnknownLayerError", "model 'a' has no layer '33'",
     ),
     "bad site": (["run", "c.toml"], lambda: changed('["3"]', '["3@x"]'), 2, "SiteError", "token policy '@x'"),
-    "not built": (["run", "c.toml"], lambda: changed('["3"]', '["3@patch"]'), 2, "NotBuiltError", "not built yet"),
+    "rows that do not pair up": (
+        ["run", "c.toml"], lambda: changed('["3"]', '["3@patch"]'), 2, "SiteError", "rows per image, not a/3@patch: 25",
+    ),
     "k over n_latents": (["run", "c.toml"], lambda: changed("k = 2", "k = 17"), 2, "ConfigError", "k = 17 is more"),
     "no such device": (
         ["train", "c.toml"], lambda: changed("[train]", '[train]\ndevice = "gpu"'), 2, "ConfigError", "'train.device'",

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from rich.console import Console, RenderableType
 
-from usae_probe.hooks import LayerInfo, Layout
 from usae_probe.probes import UniversalityReport
 from usae_probe.probes.universality import CATEGORIES
 from usae_probe.report import figures, style, terminal
@@ -133,25 +132,10 @@ def test_the_colours_of_twelve_sites_differ() -> None:
 
 
 def test_markup_in_names_is_shown_as_it_is() -> None:
-    info = LayerInfo("[red]", "[bold]Kind", (3, 4), 0, 1, 5, Layout("tokens", prefix=1), ("[blue]",))
-    text = printed(terminal.layer_tables({"[green]": [info]}))
-    for name in ("[red]", "[bold]Kind", "[green]", "3×4", "1+tokens"):
-        assert name in text
-    row = {"name": "[red]", "distribution": "[a]", "version": "[b]", "state": "[/c]"}
+    row = {"name": "[red]", "distribution": "[a]", "version": "[b]", "origin": "[o]", "state": "[/c]"}
     text = printed(terminal.adapter_table([row]))
     assert all(value in text for value in row.values())
     assert "[red]oh [/x]" in printed(terminal.error_text("[red]oh [/x]", "[hint]"))
-
-
-def test_layers_that_never_run_or_run_twice_are_marked() -> None:
-    infos = [
-        LayerInfo("act", "ReLU", (4, 2, 2), 0, 2, 0, Layout("nchw", 0, grid=(2, 2))),
-        LayerInfo("spare", "Linear", None, None, 0, 12345, None),
-    ]
-    text = printed(terminal.layer_tables({"m": infos}))
-    assert "runs 2×" in text
-    assert "never runs" in text
-    assert "12,345" in text
 
 
 def test_progress_into_a_pipe_is_lines() -> None:

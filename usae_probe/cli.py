@@ -22,6 +22,7 @@ from .errors import UsaeProbeError, UsageError
 if TYPE_CHECKING:
     from .config import RunConfig
     from .pipeline import RunResult, Stage
+    from .report.layers import ModelLayers
 
 app = typer.Typer(
     name="usae-probe",
@@ -106,20 +107,20 @@ def cam(
 
 @app.command()
 def adapters(as_json: Json = False) -> None:
-    """List the installed adapters."""
+    """List the installed adapters: name, version, origin, and whether they work."""
     with _guard(as_json):
-        from .adapter import installed_adapters, load_adapter
+        from .adapter import all_entries, load_adapter
         from .report.terminal import adapter_table
 
         rows = []
-        for entry in installed_adapters().values():
+        for entry in all_entries():
             try:
                 load_adapter(entry.name)
                 state = "ok"
             except UsaeProbeError as error:
                 state = error.message
-            rows.append({**entry._asdict(), "state": state})
-            del rows[-1]["entry"]
+            shown = {key: value for key, value in entry._asdict().items() if isinstance(value, str)}
+            rows.append({**shown, "origin": entry.origin, "state": state})
         _show(as_json, {"adapters": rows}, lambda: adapter_table(rows))
 
 
@@ -130,35 +131,46 @@ def layers(
     ],
     option: Annotated[list[str] | None, typer.Option("--option", help="key=value for the adapter's factory.")] = None,
     image_size: Annotated[int | None, typer.Option("--image-size", help="Pixels; default: the model's own.")] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", min=0, help="Levels of the tree; 0: all; default: what fits a screen.")
+    ] = None,
+    grep: Annotated[
+        str | None,
+        typer.Option("--grep", help="Only layers whose name, alias or kind holds this (regex, case does not matter)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List a model's layers in execution order (its weights are not needed and not loaded)."""
+    """Show a model's layers as a tree, in execution order, with what sites can read there (no weights are loaded)."""
     with _guard(as_json):
-        from .report.terminal import layer_tables
+        from .report.layer_tree import layer_trees
+        from .report.layers import described, matching
 
-        found = dict(_hooked_layers(model, option or [], image_size))
-        data = {name: [_layer_dict(info) for info in infos] for name, infos in found.items()}
-        _show(as_json, {"models": data}, lambda: layer_tables(found))
+        found = list(_hooked_layers(model, option or [], image_size))
+        matches = None if grep is None else matching(found, grep)
+        data = {model.title: described(model, matches[at] if matches else None) for at, model in enumerate(found)}
+        _show(as_json, {"models": data}, lambda: layer_trees(found, depth=depth, matches=matches), crop=False)
 
 
-def _hooked_layers(model: str, option: list[str], image_size: int | None) -> Iterator[tuple[str, list[Any]]]:
-    from .adapter import attach
+def _hooked_layers(model: str, option: list[str], image_size: int | None) -> Iterator[ModelLayers]:
+    from .attaching import attach
+    from .report.layers import survey
 
     if model.endswith(".toml"):
         from .config import RunConfig
 
         config = RunConfig.load(model)
+        keys = {"options", "image_size", "mean", "std", "interpolation", "crop_pct", "layout"}
         for name, entry in config.models.items():
-            given = entry.model_dump(include={"options", "image_size", "mean", "std", "interpolation", "crop_pct"})
+            given = entry.model_dump(include=keys)
             with attach(
                 entry.name, adapter=entry.adapter, name=name, base=config.base, pretrained=False, **given
             ) as hooked:
-                yield name, hooked.layers()
+                yield survey(hooked, name, entry.layers)
         return
     zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # values do not matter for shapes
     options = dict(_parsed_option(text) for text in option)
     with attach(model, pretrained=False, options=options, image_size=image_size, mean=zeros, std=ones) as hooked:
-        yield model, hooked.layers()
+        yield survey(hooked, model)
 
 
 def _parsed_option(text: str) -> tuple[str, Any]:
@@ -169,19 +181,6 @@ def _parsed_option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def _layer_dict(info: Any) -> dict[str, Any]:
-    return {
-        "name": info.name,
-        "kind": info.kind,
-        "output_shape": info.output_shape,
-        "order": info.order,
-        "calls": info.calls,
-        "parameters": info.parameters,
-        "layout": str(info.layout) if info.layout else None,
-        "aliases": info.aliases,
-    }
 
 
 def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...] | None) -> None:
@@ -251,12 +250,12 @@ def _result_dict(result: RunResult, files: dict[str, Path]) -> dict[str, Any]:
     return data | {"files": {what: str(path) for what, path in files.items()}}
 
 
-def _show(as_json: bool, data: dict[str, Any], renderable: Callable[[], Any]) -> None:
-    """Print JSON on stdout (and the table on stderr), or the table on stdout."""
+def _show(as_json: bool, data: dict[str, Any], renderable: Callable[[], Any], *, crop: bool = True) -> None:
+    """Print JSON on stdout (and the table on stderr), or the table on stdout; `crop` lines to the console's width."""
     from .report.terminal import consoles
 
     stdout, stderr = consoles()
-    (stderr if as_json else stdout).print(renderable())
+    (stderr if as_json else stdout).print(renderable(), crop=crop)
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
 

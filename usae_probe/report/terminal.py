@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
-from ..hooks import LayerInfo
 
 
 class StageProgress:
@@ -78,31 +76,13 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {int(value % 60):02d} s"
 
 
-def layer_tables(models: Mapping[str, Iterable[LayerInfo]]) -> Group:
-    """Return the layers of each model as a table, in execution order."""
-    return Group(*(_layer_table(name, layers) for name, layers in models.items()))
-
-
-def _layer_table(name: str, layers: Iterable[LayerInfo]) -> Table:
-    table = Table(title=escape(name), title_justify="left")
-    for column, justify in (("layer", "left"), ("kind", "left"), ("output", "right"), ("layout", "left")):
-        table.add_column(column, justify=justify, no_wrap=column == "layer")  # type: ignore[arg-type]
-    table.add_column("parameters", justify="right")
-    for info in layers:
-        shape = "×".join(map(str, info.output_shape)) if info.output_shape else "–"
-        calls = "never runs" if info.order is None else f"runs {info.calls}×" if info.calls > 1 else ""
-        layout = calls or (str(info.layout) if info.layout else "–")
-        table.add_row(escape(info.name), escape(info.kind), shape, layout, f"{info.parameters:,}")
-    return table
-
-
 def adapter_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Return the installed adapters as a table."""
     table = Table()
-    for column in ("adapter", "from", "version", "state"):
-        table.add_column(column)
+    for column in ("adapter", "from", "version", "where", "state"):
+        table.add_column(column, overflow="fold")  # a path that is cut short says nothing
     for row in rows:
-        table.add_row(*(escape(row[key]) for key in ("name", "distribution", "version", "state")))
+        table.add_row(*(escape(row[key]) for key in ("name", "distribution", "version", "origin", "state")))
     return table
 
 
