@@ -10,7 +10,7 @@ import pytest
 from usae_probe import RunConfig
 from usae_probe.config import ProbesConfig, TrainConfig, UsaeConfig, checked, documented_keys
 from usae_probe.demo import demo_config
-from usae_probe.errors import ConfigError, NotBuiltError, SiteError
+from usae_probe.errors import ConfigError, SiteError
 
 SAMPLE = """
 [models.vit]                       # the name of the model in sites
@@ -159,8 +159,10 @@ def test_model_names_and_sites_are_checked_at_the_door() -> None:
         RunConfig.from_dict(minimal(models={"my vit": {"name": "a", "layers": ["b"]}}), base=Path.cwd())
     with pytest.raises(SiteError, match="unknown token policy '@cl'"):
         RunConfig.from_dict(minimal(models={"vit": {"name": "a", "layers": ["b@cl"]}}), base=Path.cwd())
-    with pytest.raises(NotBuiltError, match="@patch"):
-        RunConfig.from_dict(minimal(models={"vit": {"name": "a", "layers": ["b@patch"]}}), base=Path.cwd())
+    config = RunConfig.from_dict(
+        minimal(models={"vit": {"name": "a", "layers": ["b@patch", "c@all"]}}), base=Path.cwd()
+    )
+    assert [site.policy for site in config.sites_of("vit")] == ["patch", "all"]
 
 
 def test_steps_and_epochs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import ProbesConfig
-from usae_probe.errors import BufferIntegrityError, ConfigError, NotBuiltError, SiteError, UsageError
+from usae_probe.errors import BufferIntegrityError, ConfigError, SiteError, UsageError
 from usae_probe.images import Annotation
 from usae_probe.probes import CATEGORIES, LatentRecord, UniversalityReport, evaluate, one_site_per_model
 from usae_probe.probes.universality import Category
@@ -425,8 +426,72 @@ class TestBuffersThatDoNotServe:
         with pytest.raises(BufferIntegrityError, match=r"has [01] held-out rows, .* at least 2 \(set images.holdout"):
             evaluate(usae, buffer)
 
-    def test_several_rows_per_image(self, usae: USAE, tmp_path: Path) -> None:
-        index = np.arange(60) // 2
-        buffer = ActivationBuffer.from_arrays(correlated(60), tmp_path / "acts", image_index=index)
-        with pytest.raises(NotBuiltError, match=r"rows_per_image = 2; .*not built yet"):
-            evaluate(usae, buffer)
+
+IMAGE_OF = {"equal": np.arange(900) // 4, "varying": np.repeat(np.arange(300), np.tile([1, 5, 3], 100))}
+"""The same 900 rows as four of each of 225 images, or as one, five and three of 300."""
+
+
+class TestSeveralRowsPerImage:
+    def made(self, tmp_path: Path, kind: str) -> ActivationBuffer:
+        return ActivationBuffer.from_arrays(
+            correlated(), tmp_path / "acts", image_index=IMAGE_OF[kind], dtype="float32", holdout=0.4
+        )
+
+    @pytest.mark.parametrize("kind", ["equal", "varying"])
+    def test_rows_images_and_one_drawn_row(self, usae: USAE, tmp_path: Path, kind: str) -> None:
+        buffer = self.made(tmp_path, kind)
+        rows = buffer.read("holdout")
+        found = evaluate(usae, buffer, seed=5)
+        assert found.n_rows_eval == rows.n
+        assert found.r2["m/late"] == pytest.approx(oracles.r2(usae, rows.values)["m/late"], abs=1e-5)
+        images, begins, counts = np.unique(rows.image_index, return_index=True, return_counts=True)
+        order = np.argsort(begins)  # images as they are stored
+        begins, counts = begins[order], counts[order]
+        drawn = begins + (np.random.default_rng(5).random(len(images)) * counts).astype(int)
+        fires = fired(usae, buffer)
+        (a, b), tested = CLASS_SITES, 0
+        for k, record in enumerate(found.latents):
+            x, y = fires[a][:, k], fires[b][:, k]
+            pair = record.pairs[CLASS_SITES]
+            assert (record.fires[a], record.fires[b]) == (x.sum(), y.sum())
+            assert record.rate[a] == pytest.approx(x.mean())
+            assert pair.cofires == (x & y).sum()
+            assert pair.phi == pytest.approx(oracles.phi(x, y), abs=1e-9)
+            assert pair.jaccard == pytest.approx(oracles.jaccard(x, y), abs=1e-9, nan_ok=True)
+            p = oracles.chance_p(x[drawn].sum(), y[drawn].sum(), (x & y)[drawn].sum(), len(images))
+            assert pair.p == pytest.approx(p, rel=1e-9)
+            tested += 0 < p < 1
+            of = {site: np.add.reduceat(fires[site][:, k], begins) for site in CLASS_SITES}
+            rate = {site: fires[site][:, k].sum() for site in CLASS_SITES}
+            expected = [s for s in CLASS_SITES if (of[s] > 0).sum() >= 10 and rate[s] >= 0.1 * max(rate.values())]
+            assert list(record.fires_in) == expected
+        assert tested > 10
+
+    @pytest.mark.parametrize("kind", ["equal", "varying"])
+    def test_chunks_do_not_matter(self, usae: USAE, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        buffer = self.made(tmp_path, kind)
+        known = [Annotation("x", np.arange(900) % 3, ["a", "b", "c"])]
+        reports = []
+        for size in (1024, 7):  # the package's attribute of that name is the function
+            monkeypatch.setattr(importlib.import_module("usae_probe.probes.evaluate"), "CHUNK_ROWS", size)
+            reports.append(evaluate(usae, buffer, annotations=known))
+        assert reports[0].counts == reports[1].counts
+        for one, same in zip(reports[0].latents, reports[1].latents, strict=True):
+            assert (one.fires, one.fires_in) == (same.fires, same.fires_in)
+            assert repr(one.pairs) == repr(same.pairs)  # NaN is not equal to itself
+            assert (one.follows is None) == (same.follows is None)
+            if one.follows and same.follows:
+                assert one.follows.auroc == pytest.approx(same.follows.auroc)
+
+    def test_another_seed_draws_other_rows(self, usae: USAE, tmp_path: Path) -> None:
+        buffer = self.made(tmp_path, "equal")
+        first, again, other = (evaluate(usae, buffer, seed=seed) for seed in (0, 0, 1))
+        assert first.to_csv() == again.to_csv()
+        p = [[record.pairs[CLASS_SITES].p for record in report.latents] for report in (first, other)]
+        assert p[0] != p[1]
+        assert [r.pairs[CLASS_SITES].phi for r in first.latents] == [r.pairs[CLASS_SITES].phi for r in other.latents]
+
+    def test_the_seed_is_of_no_account_with_one_row_per_image(
+        self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport
+    ) -> None:
+        assert evaluate(usae, buffer, seed=9).to_csv() == report.to_csv()

@@ -210,3 +210,27 @@ def test_annotations_of_fewer_images() -> None:
     z = {"m/a": np.ones((30, 2), dtype=np.float32)}
     with pytest.raises(UsageError, match=r"annotation 'x' has 20 values, none for image 29 \(give the annotations of"):
         scores_of(z, [annotation("x", np.arange(20))])
+
+
+def test_an_image_of_several_rows_has_the_largest_z_by_hand(rate_all: None) -> None:
+    # rows of images 4, 4 | 1, 1, 1 | 0: largest z are 2, 5 and 1; value b is that of image 1 alone
+    z = np.array([2, 0, 5, 1, 5, 1], dtype=np.float32)[:, None]
+    known = [annotation("x", np.array([0, 1, 0, 0, 0]))]
+    scores = scores_of({"m/a": z}, known, np.array([4, 4, 1, 1, 1, 0]))
+    assert scores.n_images == 3
+    assert scores.auroc("m/a").tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("places", [2, 5])
+def test_several_rows_of_an_image_are_as_one_with_their_largest_z(places: int) -> None:
+    rng = np.random.default_rng(places)
+    z = {site: np.maximum(rng.integers(-9, 6, (80, places, 5)), 0).astype(np.float32) for site in SITES}
+    images = rng.permutation(100)[:80]
+    known = [annotation("x", rng.integers(0, 3, 100))]
+    by_row = {site: values.reshape(-1, 5) for site, values in z.items()}
+    several = scores_of(by_row, known, images.repeat(places), chunk=10 * places)
+    one = scores_of({site: values.max(1) for site, values in z.items()}, known, images)
+    for site in SITES:
+        np.testing.assert_array_equal(several.auroc(site), one.auroc(site))
+    assert several.follows() == one.follows()
+    assert several.n_images == one.n_images == 80

@@ -134,3 +134,80 @@ def test_many_latents_and_rows_do_not_collide() -> None:
 @pytest.mark.parametrize("order", [("m/a", "n/b"), ("n/b", "m/a")])
 def test_pairs_are_in_the_order_of_the_sites(order: tuple[str, str]) -> None:
     assert list(FiringCounts(order, 3).cofires) == [order]
+
+
+class Fixed(np.random.Generator):
+    """Draws given numbers."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.numbers = list(numbers)
+
+    def random(self, size: int) -> np.ndarray:  # type: ignore[override]
+        taken, self.numbers = self.numbers[:size], self.numbers[size:]
+        return np.array(taken)
+
+
+# two images of two places; by row, what fires in a and in b:
+#   image 7: place 0   a: latents 0, 1   b: latent 0
+#            place 1   a: latent 0       b: latent 1
+#   image 3: place 0   a: none           b: latent 0
+#            place 1   a: latent 0       b: latent 0
+TWO_BY_TWO = {
+    "m/a": Codes(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [0.5, 0.0]]), torch.tensor([[0, 1]] * 4)),
+    "n/b": Codes(torch.tensor([[1.0, 0.0], [0.0, 4.0], [2.0, 0.0], [1.0, 0.0]]), torch.tensor([[0, 1]] * 4)),
+}
+IMAGES = np.array([7, 7, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "a", "b", "both"),
+    [
+        ((0.0, 0.9), [2, 1, 0], [2, 0, 0], [2, 0, 0]),  # rows 0 and 3
+        ((0.5, 0.49), [1, 0, 0], [1, 1, 0], [0, 0, 0]),  # rows 1 and 2
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_images_of_two_places_by_hand(
+    numbers: tuple[float, float], a: list[int], b: list[int], both: list[int], at_once: bool
+) -> None:
+    counts = FiringCounts(("m/a", "n/b"), 3, draw=Fixed(*numbers))
+    for part in [slice(4)] if at_once else [slice(2), slice(2, 4)]:
+        counts.add({site: Codes(z[part], at[part]) for site, (z, at) in TWO_BY_TWO.items()}, IMAGES[part])
+    assert counts.n_rows == 4
+    assert counts.fires["m/a"].tolist() == [3, 1, 0]
+    assert counts.fires["n/b"].tolist() == [3, 1, 0]
+    assert counts.cofires["m/a", "n/b"].tolist() == [2, 0, 0]  # latent 1: in one image, at two places
+    assert counts.images["m/a"].tolist() == [2, 1, 0]
+    assert counts.images["n/b"].tolist() == [2, 1, 0]
+    assert counts.mean("m/a").tolist() == [4.5 / 4, 0.5, 0.0]
+    assert counts.drawn.n_rows == 2
+    assert counts.drawn.fires["m/a"].tolist() == a
+    assert counts.drawn.fires["n/b"].tolist() == b
+    assert counts.drawn.cofires["m/a", "n/b"].tolist() == both
+
+
+def test_one_row_per_image_is_its_own_draw() -> None:
+    counts = FiringCounts(("m/a", "n/b"), 3)
+    counts.add(TWO_BY_TWO, np.arange(4))
+    assert counts.drawn is counts
+    assert counts.images["m/a"].tolist() == [3, 1, 0]
+
+
+def test_every_place_is_drawn_as_often() -> None:
+    # latent t fires at place t of every image: as many drawn rows fire it as drew the place
+    counts = FiringCounts(("m/a",), 4, draw=np.random.default_rng(0))
+    at = torch.arange(4).repeat(2000)[:, None]
+    counts.add({"m/a": Codes(torch.ones(8000, 1), at)}, np.arange(2000).repeat(4))
+    assert counts.fires["m/a"].tolist() == counts.images["m/a"].tolist() == [2000] * 4
+    assert counts.drawn.fires["m/a"].sum() == counts.drawn.n_rows == 2000
+    assert abs(counts.drawn.fires["m/a"] - 500).max() < 4 * 20  # √(2000 · ¼ · ¾) = 19
+
+
+def test_images_and_draws_need_no_memory_either() -> None:
+    counts = FiringCounts(("m/a", "n/b"), 3, draw=np.random.default_rng(0))
+    for _ in range(3):
+        counts.add(TWO_BY_TWO, IMAGES)
+    arrays = [*counts.images.values(), *counts.drawn.fires.values(), *counts.drawn.cofires.values()]
+    assert [array.shape for array in arrays] == [(3,)] * 5
+    assert counts.drawn.n_rows == 6

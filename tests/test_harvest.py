@@ -254,6 +254,18 @@ def test_a_buffer_of_something_else_is_refused(tmp_path: Path) -> None:
     assert content(tmp_path / "acts") == before
 
 
+def test_a_stated_layout_is_part_of_what_a_buffer_is_made_from(tmp_path: Path) -> None:
+    stated = model("a", 4, 0, ["deep"], layout={"deep": "nhwc"})
+    images = pictures(12)
+    found = harvest([model("a", 4, 0, ["deep"])], images, tmp_path / "found")
+    assert "layout" not in found.identity["sites"]["a/deep"]
+    with pytest.raises(BufferMismatchError, match=r"sites.a/deep.layout: absent on disk, .*kind='nhwc'"):
+        harvest([stated], images, tmp_path / "found")
+    told = harvest([stated], images, tmp_path / "told")
+    assert told.d_in == {"a/deep": 3}  # the side of the map, as the user has it
+    assert ActivationBuffer(tmp_path / "told").specs["a/deep"].layout == told.specs["a/deep"].layout != ""
+
+
 def test_models_without_sites_or_with_one_name(tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="model 'a' has no sites"):
         harvest([model("a", 4, 0, [])], pictures(9), tmp_path / "acts")

@@ -323,3 +323,60 @@ def test_under_the_null_entropy_alone_calls_many_and_the_classes_none() -> None:
     assert (found.category == "partial").sum() <= 1
     # and without the demand for an effect size, the false-discovery rate still holds
     assert (classify(counts, [A, B], ProbesConfig(phi=0.0)).category == "universal").sum() <= 20
+
+
+class TestSeveralRowsPerImage:
+    N_IMAGES, N_PLACES, N = 300, 16, 400
+
+    def counted(self, places: str) -> tuple[FiringCounts, FiringCounts]:
+        """Firing of two models that know nothing of each other; counted by images and as if rows were images."""
+        rng = np.random.default_rng(0)
+        shape = (self.N_IMAGES, self.N_PLACES, self.N)
+        fired = {}
+        for site in (A, B):
+            image = rng.random((self.N_IMAGES, 1, self.N)) < 0.15
+            own = rng.random(shape) < 0.15
+            kept = rng.random(shape) < {"copies": 1.0, "half": 0.5, "independent": 0.0}[places]
+            fired[site] = np.where(kept, np.broadcast_to(image, shape), own).reshape(-1, self.N)
+        every = torch.arange(self.N).expand(len(fired[A]), self.N)
+        codes = {site: Codes(torch.from_numpy(z.astype(np.float32)), every) for site, z in fired.items()}
+        by_image, naive = FiringCounts((A, B), self.N, draw=np.random.default_rng(1)), FiringCounts((A, B), self.N)
+        by_image.add(codes, np.arange(self.N_IMAGES).repeat(self.N_PLACES))
+        naive.add(codes)
+        return by_image, naive
+
+    @pytest.mark.parametrize("places", ["copies", "half", "independent"])
+    def test_the_test_is_calibrated_whatever_the_places_share(self, places: str) -> None:
+        by_image, naive = self.counted(places)
+        found, wrong = (classify(counts, [A, B], ProbesConfig(phi=0.0)) for counts in (by_image, naive))
+        p = found.pairs[A, B].p
+        for level in (0.01, 0.05, 0.2):
+            assert (p < level).mean() < level + 3 * np.sqrt(level / self.N)
+        assert (p < 0.2).mean() > 0.08  # and has not gone blind: exact p of counts lie somewhat high
+        assert (found.category == "universal").sum() + (found.category == "partial").sum() <= 1
+        significant = (wrong.category == "universal").sum()
+        assert significant > 50 if places == "copies" else significant >= 0
+        np.testing.assert_array_equal(found.pairs[A, B].phi, wrong.pairs[A, B].phi)  # φ is over all rows in both
+
+    def test_what_is_shared_is_found(self) -> None:
+        rng = np.random.default_rng(2)
+        fired = np.repeat(rng.random((300, 40)) < 0.2, 4, axis=0)
+        every = torch.arange(40).expand(1200, 40)
+        codes = {
+            site: Codes(torch.from_numpy((fired & (rng.random(fired.shape) < 0.9)).astype(np.float32)), every)
+            for site in (A, B)
+        }
+        counts = FiringCounts((A, B), 40, draw=np.random.default_rng(0))
+        counts.add(codes, np.arange(300).repeat(4))
+        assert (classify(counts, [A, B], ProbesConfig()).category == "universal").all()
+
+    def test_min_fires_counts_images(self) -> None:
+        # latent 0 fires in 40 rows of 10 images, latent 1 in 36 rows of 9
+        fired = np.zeros((400, 2), dtype=np.float32)
+        fired[:40, 0], fired[:36, 1] = 1, 1
+        every = torch.arange(2).expand(400, 2)
+        counts = FiringCounts((A, B), 2, draw=np.random.default_rng(0))
+        counts.add({site: Codes(torch.from_numpy(fired), every) for site in (A, B)}, np.arange(100).repeat(4))
+        assert classify(counts, [A, B], ProbesConfig()).category.tolist() == ["universal", "rare"]
+        # the ten drawn rows of latent 0 fire in both: p = 1 / C(100, 10)
+        assert classify(counts, [A, B], ProbesConfig()).pairs[A, B].p[0] == pytest.approx(5.78e-14, rel=1e-3)

@@ -32,6 +32,10 @@ class ModelConfig(_Table):
         description="the adapter's name for the model; module: 'file.py:factory' or 'package.mod:factory'"
     )
     layers: list[str] = Field(min_length=1, description="layer names or globs, with site suffixes: 'blocks.8@mean'")
+    layout: dict[str, str] = Field(
+        default_factory=dict,
+        description="axes of layers, by name or glob, where they are not found: {'blocks.*' = 'cls+4+tokens'}",
+    )
     pretrained: bool = Field(True, description="load the adapter's own weights (not used when checkpoint is given)")
     checkpoint: str | None = Field(None, description="local weights, .safetensors or .pth")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the adapter's factory")
@@ -132,6 +136,7 @@ class ProbesConfig(_Table):
     split_cosine: float = Field(0.9, gt=0, le=1, description="cosine of decoder rows that marks split latents")
     train_rows: int = Field(20_000, ge=1, description="training rows that the training R² is computed on, at most")
     auroc: float = Field(0.9, ge=0.5, le=1, description="AUROC in every model with which a latent follows a label")
+    seed: int = Field(0, ge=0, description="seed of the row per image that co-firing is tested on (@patch, @all)")
 
 
 class CamConfig(_Table):
@@ -173,6 +178,7 @@ class RunConfig(_Table):
     probes: ProbesConfig = ProbesConfig()
     cam: CamConfig = CamConfig()
     _base: Path = PrivateAttr(default_factory=Path.cwd)
+    _file: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _latents_are_there(self) -> RunConfig:
@@ -188,6 +194,11 @@ class RunConfig(_Table):
     def base(self) -> Path:
         """The folder that relative paths start from: the config file's own."""
         return self._base
+
+    @property
+    def lists_layers(self) -> str:
+        """What lists the models' layers, for error messages; empty for a config that was read from no file."""
+        return f"`usae-probe layers {self._file}` lists them" if self._file else ""
 
     def sites_of(self, model: str) -> list[Site]:
         """Parse the `layers` of one model (globs are still unexpanded)."""
@@ -215,7 +226,9 @@ class RunConfig(_Table):
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"'{path}' is not valid TOML: {error}") from error
-        return cls.from_dict(data, base=path.resolve().parent)
+        config = cls.from_dict(data, base=path.resolve().parent)
+        config._file = path
+        return config
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, base: Path) -> RunConfig:
@@ -228,8 +241,7 @@ class RunConfig(_Table):
         config._base = base
         for name in config.models:
             check_model_name(name)
-            for site in config.sites_of(name):
-                site.require_built()
+            config.sites_of(name)  # parsed once here, so that a mistake is named before any model is built
         return config
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,13 @@ import torch
 
 from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, SiteSpec
 from .config import BufferConfig, ImagesConfig, settled
-from .errors import ImageError, SiteError
-from .hooks import HookedModel
+from .errors import ImageError, SiteError, UsaeProbeWarning
+from .hooks import HookedModel, coarsest
 from .images import ImageSource, LoadedImages, OpaqueTransform, iter_batches, open_source
+from .sites import Site
 from .split import draw_split
+
+Grid = tuple[int, int]
 
 
 class HarvestProgress(NamedTuple):
@@ -37,6 +41,11 @@ def harvest(
 ) -> ActivationBuffer:
     """Stream the activations of all sites of all models into a buffer; goes on where an interrupted harvest stopped.
 
+    Row i of every site comes from the same image. With `@patch` it comes from the same place in it too: the grids of
+    all `@patch` sites are resampled to the coarsest, row by row from the upper left; `token_index` is the place. With
+    `@all` it is the same token, for layers that have the same tokens. Warns when models see different parts of a
+    picture: their places do not coincide then.
+
     Args:
         models: hooked models with layers, with different names.
         images: a folder, an .npz/.npy file, an array, a torch map-style `Dataset`, or an `ImageSource`.
@@ -46,7 +55,7 @@ def harvest(
         settings: or single settings by the config's names: `limit`, `holdout`, `seed`, `batch_size`, `dtype`, …
 
     Raises:
-        SiteError: when a model has no sites, or two models share a name.
+        SiteError: when a model has no sites, two models share a name, or rows of sites do not pair up.
         ImageError: when the images cannot be opened, or none of them decoded.
         BufferMismatchError: when `out` holds a buffer made from something else.
         NonFiniteError, PrecisionError: for activations that cannot be stored, naming site, layer and image.
@@ -58,13 +67,16 @@ def harvest(
     how, store = settled(given, settings)
     source = images if isinstance(images, ImageSource) else open_source(images)
     spec = buffer_spec(models, source, how, store)
+    if spec.sites[0].rows_per_image > 1:
+        _warn_of_other_parts(spec.sites)
+    grid = _common_grid_of(models)
     writer = BufferWriter(out, spec, describe=source.describe)
     skipped = 0
     for plan in writer.pending():
         with writer.shard(plan) as shard:
             for batch in iter_batches(source, plan.images, how.batch_size, workers=how.workers):
                 skipped += len(batch.skipped)
-                _append(shard, models, batch)
+                _append(shard, models, batch, grid)
                 if progress:
                     progress(HarvestProgress(writer.images_done, writer.n_images, skipped))
     buffer = writer.close()
@@ -82,7 +94,7 @@ def buffer_spec(
     """Say what the buffer of these models and images holds.
 
     Raises:
-        SiteError: when a model has no sites, or two models share a name.
+        SiteError: when a model has no sites, two models share a name, or rows of sites do not pair up.
     """
     names = [model.name for model in models]
     for model in models:
@@ -90,20 +102,9 @@ def buffer_spec(
             raise SiteError(f"two models are called '{model.name}'", hint="give attach() different names")
         if not model.sites:
             raise SiteError(f"model '{model.name}' has no sites", hint="attach it with layers=[…]")
-    sites = tuple(
-        SiteSpec(
-            site=str(site),
-            model=model.name,
-            layer=site.layer,
-            policy=site.policy,
-            d_in=model.d_in(site),
-            grid=model.grid(site),
-            weights_hash=model.weights_hash,
-            preprocessing=_describe_preprocessing(model),
-        )
-        for model in models
-        for site in model.sites
-    )
+    grid = _common_grid_of(models)
+    _check_tokens(models, grid)
+    sites = tuple(_site_spec(model, site, grid) for model in models for site in model.sites)
     return BufferSpec(
         sites=sites,
         source={
@@ -120,7 +121,122 @@ def buffer_spec(
     )
 
 
-def _append(shard: OpenShard, models: Sequence[HookedModel], batch: LoadedImages) -> None:
+def common_grid(sites: Iterable[tuple[HookedModel, Site]]) -> Grid | None:
+    """Return the places that `@patch` sites are resampled to: the fewest rows and columns of their grids.
+
+    Returns:
+        (rows, columns); None when none of the sites is `@patch`.
+    """
+    grids = [grid for model, site in sites if site.policy == "patch" and (grid := model.grid(site))]
+    return coarsest(grids) if grids else None
+
+
+def _common_grid_of(models: Sequence[HookedModel]) -> Grid | None:
+    return common_grid((model, site) for model in models for site in model.sites)
+
+
+def _site_spec(model: HookedModel, site: Site, grid: Grid | None) -> SiteSpec:
+    return SiteSpec(
+        site=str(site),
+        model=model.name,
+        layer=site.layer,
+        policy=site.policy,
+        d_in=model.d_in(site),
+        grid=grid if site.policy == "patch" else model.grid(site),
+        rows_per_image=model.rows_per_image(site, grid),
+        weights_hash=model.weights_hash,
+        preprocessing=_describe_preprocessing(model),
+        layout=model.stated_layout(site),
+    )
+
+
+class _Tokens(NamedTuple):
+    """What the rows of one image stand for, at a site with several of them; None where that is not known."""
+
+    rows: int
+    prefix: int | None
+    has_cls: bool
+    grid: Grid | None
+    order: tuple[int, ...] | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.grid is not None or self.prefix == self.rows
+
+    def __str__(self) -> str:
+        if not self.known:
+            return f"{self.rows} tokens whose places are not known"
+        prefix = f"{self.prefix} prefix tokens{' (cls first)' if self.has_cls else ''}" if self.prefix else ""
+        places = f"{self.grid[0]}x{self.grid[1]} places" if self.grid else ""
+        order = "" if self.order is None else ", not in raster order"
+        return " and ".join(filter(None, [prefix, places])) + order
+
+
+def _check_tokens(models: Sequence[HookedModel], grid: Grid | None) -> None:
+    """Check that sites with a row per token have the same tokens, in the same order.
+
+    Raises:
+        SiteError: naming the first two sites that differ, and in what.
+    """
+    several = [(m, s) for m in models for s in m.sites if m.rows_per_image(s, grid) > 1]
+    if not any(site.policy == "all" for _, site in several):
+        return
+    (first_model, first), *others = several
+    tokens = _tokens_of(first_model, first, grid)
+    for model, site in others:
+        found = _tokens_of(model, site, grid)
+        # Layers of one model with equally many tokens most likely hold the same ones, known or not.
+        if found != tokens or not (tokens.known or model is first_model):
+            unknown = not (found.known and tokens.known)
+            raise SiteError(
+                f"rows of '{first}' and '{site}' are not of the same tokens: {tokens}, and {found}",
+                hint="use @patch for both: it leaves prefix tokens out and brings all grids to the coarsest"
+                + ("; layout={'…': 'cls+14x14'} says which tokens a layer has" if unknown else ""),
+            )
+
+
+def _tokens_of(model: HookedModel, site: Site, grid: Grid | None) -> _Tokens:
+    rows = model.rows_per_image(site, grid)
+    if site.policy == "patch":
+        return _Tokens(rows, 0, False, grid)
+    layout = model.layout(site)
+    return _Tokens(rows, layout.prefix, layout.has_cls, layout.grid, layout.order)
+
+
+def _warn_of_other_parts(sites: Sequence[SiteSpec]) -> None:
+    """Warn, once, when models see different parts of a picture: equal places are not the same place in it then."""
+    seen = {site.model: site.preprocessing for site in sites}
+    own = [model for model, preprocessing in seen.items() if "image_size" not in preprocessing]
+    if own:
+        alike = all(preprocessing == seen[own[0]] for preprocessing in seen.values())
+        found = [] if alike else [f"what the transform of '{model}' keeps is not known" for model in own]
+    else:
+        parts = {model: _part_seen(preprocessing) for model, preprocessing in seen.items()}
+        found = [
+            f"{key} is {', '.join(f'{part[key]} for {model!r}' for model, part in parts.items())}"
+            for key in parts[sites[0].model]
+            if len({part[key] for part in parts.values()}) > 1
+        ]
+    if found:
+        warnings.warn(
+            f"rows of one place may not be of the same place in the picture, because models see different parts of it: "
+            f"{'; '.join(found)}; give all models one crop_pct, and image_size of one aspect ratio",
+            UsaeProbeWarning,
+            stacklevel=3,
+        )
+
+
+def _part_seen(preprocessing: dict[str, Any]) -> dict[str, str]:
+    """Return what decides which part of a picture a preprocessing keeps."""
+    height, width = preprocessing["image_size"]
+    return {
+        "crop_pct": f"{preprocessing['crop_pct']:g}",
+        "crop_mode": preprocessing["crop_mode"],
+        "height / width of image_size": f"{height / width:.3g}",
+    }
+
+
+def _append(shard: OpenShard, models: Sequence[HookedModel], batch: LoadedImages, grid: Grid | None) -> None:
     for miss in batch.skipped:
         shard.skip(miss.index, miss.name, miss.reason)
     if not batch.pictures:
@@ -129,7 +245,7 @@ def _append(shard: OpenShard, models: Sequence[HookedModel], batch: LoadedImages
     for model in models:
         with torch.no_grad():
             inputs = model.preprocess(batch.pictures)
-        captured = model.rows(inputs)
+        captured = model.rows(inputs, grid=grid)
         rows |= {site: values.to(device="cpu", dtype=torch.float32).numpy() for site, values in captured.items()}
     shard.append(batch.indices, rows)
 

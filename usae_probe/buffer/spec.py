@@ -32,6 +32,7 @@ class SiteSpec:
         rows_per_image: rows that each image gives, equal for all sites of a buffer; 0 when it varies by image.
         weights_hash: of the model; empty when not known.
         preprocessing: of the images, JSON-able.
+        layout: of the layer's output, where the user stated it; empty when it was found.
     """
 
     site: str
@@ -43,6 +44,7 @@ class SiteSpec:
     rows_per_image: int = 1
     weights_hash: str = ""
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     def __post_init__(self) -> None:
         model, slash, layer = self.site.partition("/")
@@ -50,6 +52,10 @@ class SiteSpec:
             raise SiteError(f"'{self.site}' is no site key", hint="write model/layer, such as 'vit/blocks.8@mean'")
         if self.d_in < 1 or self.rows_per_image < 0:
             raise SiteError(f"{self.site}: d_in={self.d_in} and rows_per_image={self.rows_per_image} are out of range")
+
+    def to_identity(self) -> dict[str, Any]:
+        """Return its entry in `BufferSpec.identity()`: without a layout where none was stated, as ever."""
+        return {key: value for key, value in asdict(self).items() if key != "layout" or value}
 
     @classmethod
     def from_identity(cls, values: dict[str, Any]) -> SiteSpec:
@@ -119,7 +125,7 @@ class BufferSpec:
         gives the same activations.
         """
         identity = {
-            "sites": {site.site: asdict(site) for site in self.sites},
+            "sites": {site.site: site.to_identity() for site in self.sites},
             "site_order": [site.site for site in self.sites],
             "source": {key: value for key, value in self.source.items() if key != "location"},
             "split": {"digest": self.split.digest()} | {name: len(indices) for name, indices in self.split},
@@ -174,5 +180,5 @@ def _check_sites(sites: tuple[SiteSpec, ...]) -> None:
         given = ", ".join(f"{site.site}: {site.rows_per_image}" for site in sites)
         raise SiteError(
             f"sites of one buffer must give the same number of rows per image, not {given}",
-            hint="use token policies that pair up, such as @pool everywhere or @patch everywhere",
+            hint="@pool, @cls and @mean give one row per image and pair up; @patch pairs up with @patch",
         )

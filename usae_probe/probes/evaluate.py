@@ -9,13 +9,13 @@ import numpy as np
 
 from ..buffer import ActivationBuffer, Rows
 from ..config import ProbesConfig, settled
-from ..errors import BufferIntegrityError, NotBuiltError, SiteError, nearest
+from ..errors import BufferIntegrityError, SiteError, nearest
 from ..images import Annotation
 from ..sites import model_of
 from ..split import SplitName
 from ..usae import USAE, ReconstructionSums
 from .factors import FactorScores, Follows
-from .firing import FiringCounts
+from .firing import FiringCounts, image_begins
 from .records import LatentRecord, PairRecord
 from .report import UniversalityReport
 from .universality import CATEGORIES, Classes, classify, split_latents
@@ -33,6 +33,9 @@ def evaluate(
     **settings: Any,
 ) -> UniversalityReport:
     """Measure what the sites of a USAE have in common, on the buffer's held-out rows.
+
+    Where images have several rows, R², rates, entropy, φ and Jaccard are over all of them; `min_fires` counts images,
+    and the test against chance takes one seeded row per image, because the rows of an image are not independent.
 
     Args:
         usae: a trained USAE.
@@ -53,11 +56,12 @@ def evaluate(
     n_eval, n_train = buffer.n_rows("holdout"), min(buffer.n_rows("train"), config.train_rows)
     done = RowProgress(progress, n_eval + n_train)
     held_out, training = ReconstructionSums(usae), ReconstructionSums(usae)
-    counts = FiringCounts(usae.sites, usae.n_latents, config.tau)
+    draw = None if _one_row_per_image(usae, buffer) else np.random.default_rng(config.seed)
+    counts = FiringCounts(usae.sites, usae.n_latents, config.tau, draw)
     scores = FactorScores(class_sites, usae.n_latents, annotations)
-    for rows in buffer.chunks("holdout", CHUNK_ROWS, list(usae.sites)):
+    for rows in _whole_images(buffer, "holdout", list(usae.sites)):
         codes = held_out.add(rows.values)
-        counts.add(codes)
+        counts.add(codes, rows.image_index)
         if annotations:
             scores.add(codes, rows.image_index)
         done.add(rows.n)
@@ -128,18 +132,43 @@ def check_sites(usae: USAE, buffer: ActivationBuffer, sites: Sequence[str]) -> N
 
 def _check(usae: USAE, buffer: ActivationBuffer) -> None:
     check_sites(usae, buffer, usae.sites)
-    for site in usae.sites:
-        if buffer.specs[site].rows_per_image != 1:
-            raise NotBuiltError(
-                f"site '{site}' has rows_per_image = {buffer.specs[site].rows_per_image}; statistics over several rows "
-                "of one image are not built yet",
-                hint="use @pool, @cls or @mean, or one row per image",
-            )
     if buffer.n_rows("holdout") < 2:
         raise BufferIntegrityError(
             f"the buffer has {buffer.n_rows('holdout')} held-out rows, evaluation needs at least 2",
             hint="set images.holdout above 0 and harvest again",
         )
+
+
+def _one_row_per_image(usae: USAE, buffer: ActivationBuffer) -> bool:
+    return all(buffer.specs[site].rows_per_image == 1 for site in usae.sites)
+
+
+def _whole_images(buffer: ActivationBuffer, split: SplitName, sites: list[str]) -> Iterator[Rows]:
+    """Yield the rows of a split in chunks that end where an image ends."""
+    per_image = buffer.specs[sites[0]].rows_per_image
+    size = max(1, CHUNK_ROWS // max(per_image, 1)) * max(per_image, 1)
+    held: Rows | None = None
+    for rows in buffer.chunks(split, size, sites):
+        if per_image:
+            yield rows
+            continue
+        joined = rows if held is None else _joined(held, rows)
+        last = int(image_begins(joined.image_index)[-1])  # more rows of the last image may follow
+        held = _part(joined, slice(last, None))
+        if last:
+            yield _part(joined, slice(last))
+    if held is not None:
+        yield held
+
+
+def _part(rows: Rows, part: slice) -> Rows:
+    values = {site: x[part] for site, x in rows.values.items()}
+    return Rows(values, rows.image_index[part], rows.token_index[part])
+
+
+def _joined(first: Rows, then: Rows) -> Rows:
+    values = {site: np.concatenate([x, then.values[site]]) for site, x in first.values.items()}
+    return Rows(values, *(np.concatenate(pair) for pair in zip(first[1:], then[1:], strict=True)))
 
 
 def _some_rows(buffer: ActivationBuffer, split: SplitName, n: int, sites: list[str]) -> Iterator[Rows]:

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import UsageError
 from ..images import Annotation
 from ..usae import Codes
+from .firing import image_begins
 
 MIN_IMAGES = 10
 """Held-out images that must have a value, and as many that must not, for it to be rated."""
@@ -30,11 +31,18 @@ class Follows(NamedTuple):
 
 
 class Fires(NamedTuple):
-    """Fires of all latents in one site, [fires] each: latent, code value z > 0, and row."""
+    """Fires of all latents in one site, [fires] each: latent, code value z > 0, and row; one row per image."""
 
     latent: np.ndarray
     z: np.ndarray
     row: np.ndarray
+
+    def largest(self) -> Fires:
+        """Return the largest z of every latent and row alone."""
+        order = np.lexsort((self.z, self.latent, self.row))
+        latent, z, row = (part[order] for part in self)
+        last = np.append((latent[1:] != latent[:-1]) | (row[1:] != row[:-1]), True)[: len(row)]
+        return Fires(latent[last], z[last], row[last])
 
     def sorted(self) -> Fires:
         """Return them by latent, then by z."""
@@ -76,9 +84,10 @@ def auroc(fires: Fires, labels: np.ndarray, n_latents: int, n_values: int) -> np
 
 
 class FactorScores:
-    """Collects the fires of held-out rows and says which value of which factor each latent follows.
+    """Collects the fires on held-out images and says which value of which factor each latent follows.
 
-    Memory O(rows · k · sites): fires only, never a dense code.
+    Values are those of whole images: where one has several rows, its largest z of each latent counts. Memory
+    O(rows · k · sites): fires only, never a dense code.
 
     Args:
         sites: one per model.
@@ -86,17 +95,17 @@ class FactorScores:
         annotations: what is known about the images of the source.
 
     Attributes:
-        n_rows: rows added so far.
+        n_images: images added so far.
     """
 
     def __init__(self, sites: Sequence[str], n_latents: int, annotations: Sequence[Annotation]) -> None:
         self.sites, self.n_latents, self.annotations = tuple(sites), n_latents, tuple(annotations)
-        self.n_rows = 0
+        self.n_images = 0
         self._images: list[np.ndarray] = []
         self._fires: dict[str, list[Fires]] = {site: [] for site in self.sites}
 
     def add(self, codes: Mapping[str, Codes], image_index: np.ndarray) -> None:
-        """Add the codes of the same rows by every site, one row per image.
+        """Add the codes of the same rows by every site, the rows of one image together and in one call.
 
         Raises:
             UsageError: when an annotation has no value for one of the images.
@@ -107,13 +116,16 @@ class FactorScores:
                     f"annotation '{one.name}' has {len(one.values)} values, none for image {image_index.max()}",
                     hint="give the annotations of the image source that was harvested",
                 )
-        self._images.append(image_index)
+        begins = image_begins(image_index)
+        number = self.n_images + np.repeat(np.arange(len(begins)), np.diff(begins, append=len(image_index)))
+        self._images.append(image_index[begins])
         for site in self.sites:
             values, indices = (part.detach().cpu().numpy() for part in codes[site])
             rows, entries = np.nonzero(values > 0)
             latents = indices[rows, entries].astype(np.int32)
-            self._fires[site].append(Fires(latents, values[rows, entries], (rows + self.n_rows).astype(np.int32)))
-        self.n_rows += len(image_index)
+            fires = Fires(latents, values[rows, entries], number[rows].astype(np.int32))
+            self._fires[site].append(fires if len(begins) == len(image_index) else fires.largest())
+        self.n_images += len(begins)
 
     @property
     def n_values(self) -> int:

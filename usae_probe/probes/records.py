@@ -13,7 +13,10 @@ from .universality import Category
 
 
 class PairRecord(NamedTuple):
-    """Co-firing of one latent in one pair of sites; see `CoFiring`. q is over the latents firing in both."""
+    """Co-firing of one latent in one pair of sites; see `CoFiring`. q is over the latents firing in both.
+
+    Over rows, but p and q: where images have several rows, those are of one drawn row per image.
+    """
 
     cofires: int
     jaccard: float
@@ -34,8 +37,8 @@ class LatentRecord:
         fires_in: class sites it counts as firing in.
         entropy: firing entropy over the class sites; NaN when it never fires there.
         q: of the universality test (maximum p over pairs).
-        fires, rate, mean, maximum, energy, decoder_norm: by site; energy is E|z_k| ‖W_dec,k‖, decoder_norm the site's
-            share of the sum of ‖W_dec,k‖ over sites.
+        fires, rate, mean, maximum, energy, decoder_norm: by site, over rows; energy is E|z_k| ‖W_dec,k‖, decoder_norm
+            the site's share of the sum of ‖W_dec,k‖ over sites.
         pairs: co-firing by pair of class sites.
         follows: the known value of an image that it follows best, however loosely; None when none is rated.
     """

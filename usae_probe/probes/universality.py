@@ -46,8 +46,7 @@ class CoFiring(NamedTuple):
         jaccard: cofires / (fires in a + fires in b − cofires), the true union; NaN when neither fires.
         lift: cofires · n / (fires in a · fires in b); 1 is chance; NaN when one never fires.
         phi: correlation of the two binary firing vectors; 0 when one of them is constant.
-        p: one-sided chance of at least as many cofires with images paired at random (hypergeometric, exact);
-            1 when one of them never fires.
+        p: one-sided chance of at least as many cofires with images paired at random (see `chance`).
     """
 
     cofires: np.ndarray
@@ -58,14 +57,14 @@ class CoFiring(NamedTuple):
 
 
 def co_firing(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: int) -> CoFiring:
-    """Compare co-fires with what random pairing of n images would give.
+    """Compare co-fires with what random pairing of n rows would give.
 
-    φ = (n c − a b) / √(a (n − a) b (n − b)); p = P[H ≥ c], H ~ hypergeometric(n, a, b).
+    φ = (n c − a b) / √(a (n − a) b (n − b)).
 
     Args:
-        fires_a, fires_b: [latents] images in which each site fires the latent.
-        cofires: [latents] images in which both do.
-        n: images.
+        fires_a, fires_b: [latents] rows in which each site fires the latent.
+        cofires: [latents] rows in which both do.
+        n: rows; p is that of n images with one row each.
     """
     a, b, c = (np.asarray(x, dtype=np.float64) for x in (fires_a, fires_b, cofires))
     spread = a * (n - a) * b * (n - b)
@@ -74,10 +73,24 @@ def co_firing(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: 
         jaccard = np.where(union > 0, c / union, np.nan)
         lift = np.where(a * b > 0, c * n / (a * b), np.nan)
         phi = np.where(spread > 0, (n * c - a * b) / np.sqrt(spread), 0.0)
+    return CoFiring(np.asarray(cofires), jaccard, lift, phi, chance(a, b, c, n))
+
+
+def chance(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: int) -> np.ndarray:
+    """Return the chance of at least as many co-fires with images paired at random, exactly.
+
+    p = P[H ≥ c], H ~ hypergeometric(n, a, b); 1 when one of the sites never fires.
+
+    Args:
+        fires_a, fires_b: [latents] images in which each site fires the latent.
+        cofires: [latents] images in which both do.
+        n: images, which must be independent of each other.
+    """
+    a, b, c = (np.asarray(x, dtype=np.float64) for x in (fires_a, fires_b, cofires))
     p = np.ones(len(a))
     tested = (c > 0) & (a > 0) & (b > 0)
     p[tested] = stats.hypergeom.sf(c[tested] - 1, n, a[tested], b[tested])
-    return CoFiring(np.asarray(cofires), jaccard, lift, phi, np.clip(p, 0.0, 1.0))
+    return np.clip(p, 0.0, 1.0)
 
 
 def benjamini_hochberg(p: np.ndarray, tested: np.ndarray) -> np.ndarray:
@@ -116,6 +129,9 @@ def classify(counts: FiringCounts, sites: Sequence[str], thresholds: ProbesConfi
     (per pair, over the latents firing in both), but not universal. `chance`: fires in ≥ 2, no such pair. `specific`:
     fires in one. `rare`: fires, but under `min_fires` everywhere. `dead`: never fires.
 
+    `min_fires` counts images. Where they have several rows, p is that of one drawn row per image, everything else that
+    of all rows.
+
     Args:
         counts: firing statistics of held-out rows.
         sites: the class sites, in order.
@@ -123,12 +139,10 @@ def classify(counts: FiringCounts, sites: Sequence[str], thresholds: ProbesConfi
     """
     fires = np.stack([counts.fires[site] for site in sites])
     busiest = fires.max(0)
-    fires_in = (fires >= thresholds.min_fires) & (fires >= thresholds.min_rate_ratio * busiest)
+    images = np.stack([counts.images[site] for site in sites])
+    fires_in = (images >= thresholds.min_fires) & (fires >= thresholds.min_rate_ratio * busiest)
     entropy = firing_entropy(fires)
-    pairs = {
-        (a, b): co_firing(counts.fires[a], counts.fires[b], _cofires(counts, a, b), counts.n_rows)
-        for a, b in combinations(sites, 2)
-    }
+    pairs = {(a, b): _pair(counts, a, b) for a, b in combinations(sites, 2)}
     index = {site: i for i, site in enumerate(sites)}
     q = {(a, b): benjamini_hochberg(pair.p, fires_in[index[a]] & fires_in[index[b]]) for (a, b), pair in pairs.items()}
     everywhere = fires_in.all(0) & (len(sites) > 1)
@@ -172,6 +186,14 @@ def split_latents(
         split[of_a[(least >= cosine).any(1)]] = True
         split[of_b[(least >= cosine).any(0)]] = True
     return split
+
+
+def _pair(counts: FiringCounts, a: str, b: str) -> CoFiring:
+    found = co_firing(counts.fires[a], counts.fires[b], _cofires(counts, a, b), counts.n_rows)
+    drawn = counts.drawn
+    if drawn is counts:
+        return found
+    return found._replace(p=chance(drawn.fires[a], drawn.fires[b], _cofires(drawn, a, b), drawn.n_rows))
 
 
 def _cofires(counts: FiringCounts, a: str, b: str) -> np.ndarray:

@@ -50,6 +50,7 @@ def save_usae(usae: USAE, path: Path) -> None:
             "sparsity": "topk",
             "sha256": sha256(weights),
         }
+        content |= {"grid": list(usae.grid)} if usae.grid else {}
         about.write_text(json_text(content), encoding="utf-8")
 
 
@@ -70,7 +71,8 @@ def load_usae(cls: type[T], path: Path, **overrides: Any) -> T:
             hint="copy both files together, or train again",
         )
     d_in = {site: about["d_in"][site] for site in about["sites"]}  # `sites` has the order, whoever rewrote the JSON
-    usae = cls(d_in, about["n_latents"], about["k"], **overrides)
+    grid = about.get("grid")
+    usae = cls(d_in, about["n_latents"], about["k"], grid=(grid[0], grid[1]) if grid else None, **overrides)
     with torch.no_grad():
         for index, site in enumerate(usae.sites):
             columns = usae.columns[site]

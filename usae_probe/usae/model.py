@@ -36,6 +36,7 @@ class USAE(nn.Module):
         normalisation: {site: (mean [d_in], scale)} of the training rows; default 0 and 1.
         kernel: `auto`, `reference` or `csr`.
         seed: seed of the tied initialisation.
+        grid: (rows, columns) of the places that rows of `@patch` sites stand for, after resampling.
 
     Raises:
         ConfigError: when k > n_latents, or there is no site.
@@ -59,9 +60,11 @@ class USAE(nn.Module):
         normalisation: Mapping[str, tuple[Tensor, float]] | None = None,
         kernel: str = "auto",
         seed: int = 0,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         _check(d_in, n_latents, k)
+        self.grid = grid
         self.d_in = dict(d_in)
         self.sites = tuple(d_in)
         self.n_latents, self.k = n_latents, k

@@ -133,7 +133,10 @@ def usae_for(buffer: ActivationBuffer, shape: UsaeConfig, how: TrainConfig, *, s
         normalisation[site] = (torch.from_numpy(moments.mean), scale)
     device = "cuda" if how.device == "auto" and torch.cuda.is_available() else how.device.replace("auto", "cpu")
     dims = {site: buffer.d_in[site] for site in chosen}
-    usae = USAE(dims, shape.n_latents, shape.k, normalisation=normalisation, kernel=how.kernel, seed=how.seed)
+    grid = next((buffer.specs[site].grid for site in chosen if buffer.specs[site].policy == "patch"), None)
+    usae = USAE(
+        dims, shape.n_latents, shape.k, normalisation=normalisation, kernel=how.kernel, seed=how.seed, grid=grid
+    )
     return usae.to(device)
 
 

@@ -28,7 +28,8 @@ class CamPicture:
     Attributes:
         latent: its number.
         site: the site whose model and encoder were climbed.
-        pixels: uint8 [h, w, 3], the picture as it is saved; `z_pre` and `z` are measured on exactly these levels.
+        pixels: uint8 [h, w, 3], the picture as it is saved; `z_pre` and `z` are measured on exactly these levels, where
+            a site has several rows per image at the place that was climbed, the centre.
         curve: z_pre of the randomly shifted and scaled picture in every step, before the step.
         z_pre: of `pixels` through the plain preprocessing.
         z: the code's value there: 0 when the latent is not among the k selected, or not positive.
@@ -65,7 +66,8 @@ def maximize(
         max over c of   z_pre(x(T(p(c))))[latent],   z_pre = (x̃ − b_dec) W_encᵀ + b_enc
 
     c are a picture's Fourier coefficients (see `fourier`), p(c) its pixels in [0, 1], T a random shift and scale in
-    every step, x the site's row for it behind the shared preprocessing. Adam climbs c. z_pre and not z: TopK leaves no
+    every step, x the site's row for it behind the shared preprocessing: that of the place at the centre, for `@patch`
+    and `@all` sites. Adam climbs c. z_pre and not z: TopK leaves no
     gradient where the latent is not selected. Feature visualisation after Olah et al. 2017, in several models that
     share a code after Thasarathan et al. 2025 (arXiv 2502.03714).
 

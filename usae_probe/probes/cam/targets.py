@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import SiteError, UsageError, nearest
+from ...harvesting import Grid, common_grid
 from ...hooks import HookedModel
 from ...shapes import RowMatrix
 from ...sites import Site, model_of
@@ -29,12 +30,16 @@ class Target:
         model: the hooked model.
         site: a site of both.
         space: from pictures to the model's input.
+        grid: places that a `@patch` site is resampled to, as its rows were when the USAE was trained.
+        row: the row of every picture that is climbed, where there are several; None where there is one.
     """
 
     usae: USAE
     model: HookedModel
     site: Site
     space: PictureSpace
+    grid: Grid | None = None
+    row: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,8 +54,9 @@ class Target:
         return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
 
     def rows(self, pictures: AnyPictures, grad: bool = False) -> RowMatrix:
-        """Return the site's rows for pictures, [b, d_in]; differentiable in them when `grad` is set."""
-        return self.model.rows(self.space(pictures), [self.site], grad=grad)[str(self.site)]
+        """Return the site's row for each picture, [b, d_in]; differentiable in them when `grad` is set."""
+        rows = self.model.rows(self.space(pictures), [self.site], grad=grad, grid=self.grid)[str(self.site)]
+        return rows if self.row is None else rows.reshape(len(pictures), -1, rows.shape[-1])[:, self.row]
 
     def own_z_pre(self, rows: RowMatrix, latents: Sequence[int]) -> Float[Tensor, " b"]:
         """Return every row's z_pre of its own latent: that of row i and `latents[i]`."""
@@ -91,7 +97,36 @@ def chosen_targets(usae: USAE, models: Sequence[HookedModel], sites: Sequence[st
     for site in wanted:
         _check_site(usae, by_name, site)
     spaces = {name: picture_space(by_name[name]) for name in dict.fromkeys(site.model for site in wanted)}
-    return [Target(usae, by_name[site.model], site, spaces[site.model]) for site in dict.fromkeys(wanted)]
+    grid = usae.grid or common_grid(_given_sites(usae, by_name))
+    return [
+        Target(usae, model, site, spaces[site.model], grid, centre_row(model, site, grid))
+        for site in dict.fromkeys(wanted)
+        for model in [by_name[site.model]]
+    ]
+
+
+def centre_row(model: HookedModel, site: Site, grid: Grid | None) -> int | None:
+    """Return which row of an image stands for the centre of the picture; None where an image has one row.
+
+    Of an even number of places the one right of or below the middle. A layer whose places are not known has its middle
+    row taken.
+    """
+    n = model.rows_per_image(site, grid)
+    if n == 1:
+        return None
+    layout = model.layout(site)
+    places = grid if site.policy == "patch" and grid else layout.grid
+    if places is None:
+        return n // 2
+    centre = (places[0] // 2) * places[1] + places[1] // 2
+    if site.policy == "patch":
+        return centre
+    return (layout.prefix or 0) + (centre if layout.order is None else layout.order[centre])
+
+
+def _given_sites(usae: USAE, by_name: dict[str, HookedModel]) -> list[tuple[HookedModel, Site]]:
+    sites = [Site.parse(site) for site in usae.sites]
+    return [(by_name[site.model], site) for site in sites if site.model in by_name]
 
 
 def _by_name(usae: USAE, models: Sequence[HookedModel]) -> dict[str, HookedModel]:
