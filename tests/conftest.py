@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+_ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+torch.set_num_threads(2 if _ALONE else 1)  # workers side by side: threads of both would wait for each other
+if not _ALONE:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

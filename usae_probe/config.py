@@ -226,19 +226,17 @@ class RunConfig(_Table):
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"'{path}' is not valid TOML: {error}") from error
-        config = cls.from_dict(data, base=path.resolve().parent)
-        config._file = path
-        return config
+        return cls.from_dict(data, base=path.resolve().parent, file=path)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, base: Path) -> RunConfig:
-        """Check a parsed config; `base` is the folder of relative paths.
+    def from_dict(cls, data: Mapping[str, Any], *, base: Path, file: Path | None = None) -> RunConfig:
+        """Check a parsed config; `base` is the folder of relative paths, `file` what it was read from.
 
         Raises:
             ConfigError: naming key, value and what was expected.
         """
         config = checked(cls, _expanded(dict(data)))
-        config._base = base
+        config._base, config._file = base, file
         for name in config.models:
             check_model_name(name)
             config.sites_of(name)  # parsed once here, so that a mistake is named before any model is built

@@ -40,7 +40,8 @@ def networks() -> dict[str, dict[str, Any]]:
 
 def demo_config(folder: Path) -> RunConfig:
     """Return the demo's config with its images and weights in `folder`."""
-    return RunConfig.from_dict(tomllib.loads(_content("demo.toml").decode()), base=folder.resolve())
+    data = tomllib.loads(_content("demo.toml").decode())
+    return RunConfig.from_dict(data, base=folder.resolve(), file=folder / "demo.toml")
 
 
 def prepare_demo(folder: Path) -> RunConfig:
