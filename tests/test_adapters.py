@@ -152,6 +152,15 @@ def test_no_package_called_adapters_is_in_the_way_of_adapterhubs() -> None:
 # --- timm ---
 
 
+def test_the_picture_size_is_that_which_a_model_was_built_for() -> None:
+    """timm's own config stays that of the weights: 518 for a DINOv2 that was built for 28 pixels."""
+    small = {"img_size": 28, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    hooked = attach("timm:vit_small_patch14_reg4_dinov2", pretrained=False, options=small)
+    assert hooked.preprocess.image_size == (28, 28)
+    live = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, depths=(1, 1, 1, 1))
+    assert attach(live).preprocess.image_size == (64, 64)
+
+
 def test_untrained_timm_models_are_reproducible_and_leave_the_random_state() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -154,6 +154,17 @@ def test_a_changed_train_key_redoes_train_and_evaluate_and_says_which(run: Runne
     assert fates(run(changed(train={"lr": 0.001}))) == ["kept"] * 3
 
 
+def test_a_run_from_before_a_key_was_there_was_done_with_its_default(run: Runner, base: Path) -> None:
+    run()
+    record = json.loads((base / "run/run.json").read_text())
+    for stage in record["stages"].values():
+        for key in [key for key in stage["depends_on"] if key.endswith((".layout", "probes.seed"))]:
+            del stage["depends_on"][key]
+    (base / "run/run.json").write_text(json.dumps(record))
+    assert fates(run()) == ["kept"] * 3
+    assert fates(run(changed(probes={"seed": 1}))) == ["kept", "kept", "probes.seed changed"]
+
+
 def test_changed_probes_redo_evaluate_only(run: Runner) -> None:
     run()
     assert fates(run(changed(probes={"min_fires": 3}))) == ["kept", "kept", "probes.min_fires changed"]

@@ -55,11 +55,10 @@ def _create(spec: ModelSpec) -> nn.Module:
 
 def _described(module: nn.Module) -> LoadedModel:
     data = resolve_model_data_config(module)
-    _, height, width = data["input_size"]
     return LoadedModel(
         module,
         Preprocessing(
-            image_size=(height, width),
+            image_size=_built_size(module) or tuple(data["input_size"][1:]),
             mean=tuple(data["mean"]),
             std=tuple(data["std"]),
             interpolation=data["interpolation"] if data["interpolation"] in ("nearest", "bilinear") else "bicubic",
@@ -67,3 +66,9 @@ def _described(module: nn.Module) -> LoadedModel:
             crop_mode="squash" if data.get("crop_mode") == "squash" else "center",
         ),
     )
+
+
+def _built_size(module: nn.Module) -> tuple[int, int] | None:
+    """Return the picture size that a model was built for (`img_size=`), where it says so."""
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    return (int(size[0]), int(size[1])) if isinstance(size, (tuple, list)) and len(size) == 2 else None

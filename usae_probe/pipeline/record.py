@@ -15,7 +15,7 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import CheckpointError, StageError, UsageError
 from ..files import sha256, write_json
-from .stages import RESULTS, Stage, depends_on
+from .stages import RESULTS, Stage, default_of, depends_on
 
 SCHEMA = 1
 _PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
@@ -44,7 +44,9 @@ class RunRecord:
         """Return the keys that differ from those a finished stage was done with."""
         before = self._data["stages"].get(stage, {}).get("depends_on", {})
         now = depends_on(stage, config, self._data["results"], self.folder.resolve())
-        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if not before:
+            return sorted(now)
+        return sorted(key for key in before.keys() | now.keys() if before.get(key, default_of(key)) != now.get(key))
 
     def finish(self, stage: Stage, config: RunConfig, seconds: float) -> None:
         """Write down that a stage is finished."""
