@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +22,8 @@ from usae_probe import ActivationBuffer, Run, RunConfig
 from usae_probe.cli import main
 from usae_probe.pipeline import Stage
 from usae_probe.report.r2_table import short
+
+from .command import Command, command
 
 FACTORY = """
 import os, time, torch
@@ -69,15 +71,6 @@ min_fires = 2
 """
 
 
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -89,14 +82,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     np.save(tmp_path / "images.npy", usae_probe.demo.draw_images(60, size=32).images)
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["usae-probe", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        return Outcome(left.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return call
+    return command(monkeypatch, capsys)
 
 
 def changed(old: str, new: str) -> None:
@@ -306,8 +292,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         [sys.executable, "-m", "usae_probe", "--help"], env=environment(), capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start < 10  # well under a second when nothing else runs
-    for command in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo", "cam"):
-        assert command in result.stdout
+    for name in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo", "cam"):
+        assert name in result.stdout
     code = (
         "import sys, usae_probe, usae_probe.cli\n"
         "sys.argv = ['usae-probe', 'run', '--help']\n"

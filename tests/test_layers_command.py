@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from usae_probe.cli import main
 from usae_probe.hooks import Call, LayerInfo, Layout, Output
 from usae_probe.report.layer_tree import layer_trees
 from usae_probe.report.layers import (
@@ -29,6 +25,8 @@ from usae_probe.report.layers import (
     rows_with,
     tree,
 )
+
+from .command import Command, command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,23 +75,6 @@ VIT_OPTIONS = ("img_size=32", "depth=2", "embed_dim=32", "num_heads=2", "reg_tok
 VIT = ("layers", "timm:vit_tiny_patch16_224", "--image-size", "32", *(f"--option={option}" for option in VIT_OPTIONS))
 
 
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Command = Callable[..., Outcome]
-
-
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Call `main()` in a folder with a network and a config, its output in a pipe."""
@@ -103,14 +84,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
 
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["usae-probe", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        return Outcome(left.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return call
+    return command(monkeypatch, capsys)
 
 
 # --- the tree, by hand ---
@@ -366,6 +340,16 @@ def test_a_config_shows_its_sites_and_what_is_wrong_with_them(cli: Command) -> N
     }
     only = cli("layers", "c.toml", "--grep", "gru")
     assert "b " not in [line[:2] for line in only.lines]  # no match in that model: nothing is shown of it
+
+
+def test_a_site_under_another_name_of_its_layer_is_marked_too(cli: Command) -> None:
+    text = Path("c.toml").read_text()
+    Path("d.toml").write_text(text.replace('["parts.1@mean", "act~1@patch", "pats.1"]', '["again@mean"]'))
+    found = cli("layers", "d.toml")
+    assert "● sites: a/again@mean" in found.lines
+    assert [line.split()[1] for line in found.lines if line.startswith("● ")][1] == "├─parts.0"
+    layers = cli("layers", "d.toml", "--json").document["models"]["a"]
+    assert {layer["name"]: layer["sites"] for layer in layers if layer["sites"]} == {"parts.0": ["a/again@mean"]}
 
 
 def test_a_mistyped_layer_of_a_config_names_the_command(cli: Command) -> None:

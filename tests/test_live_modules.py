@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from usae_probe import HookedModel, attach
 from usae_probe.errors import SiteError, UnknownLayerError, UsaeProbeError, UsaeProbeWarning
 
+from .toys import Does, flat_net
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 8
 
@@ -36,20 +38,8 @@ def pictures(n: int = 3, size: int = SIZE) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-class Does(nn.Module):
-    """A layer that does what it is told."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 def net(*middle: nn.Module) -> nn.Sequential:
-    """Flatten, linear [b,6], what is given, linear [b,4]."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 6), *middle, nn.Linear(6, 4)).eval()
+    return flat_net(SIZE, 4, *middle)
 
 
 def tensors(value: Any) -> Any:

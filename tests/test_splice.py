@@ -17,6 +17,8 @@ from usae_probe.errors import SiteError, UnknownLayerError, UsaeProbeError, Usag
 from usae_probe.hooks import Layout, Point
 from usae_probe.hooks.tokens import from_rows, to_rows
 
+from .toys import Does, flat_net
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -32,18 +34,8 @@ def same(rows: Tensor) -> Tensor:
     return rows
 
 
-class Does(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 def net(*middle: nn.Module) -> nn.Sequential:
-    """Flatten, linear [b,6], what is given, linear [b,2]."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 6), *middle, nn.Linear(6, 2)).eval()
+    return flat_net(4, 2, *middle)
 
 
 # --- by hand ---

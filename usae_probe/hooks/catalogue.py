@@ -72,9 +72,8 @@ class Catalogue:
             UnknownLayerError: naming the nearest layers.
             SiteError: when a layer cannot serve its site.
         """
-        sites: dict[
-            Site, Site
-        ] = {}  # by the layer's first name: two of its names are one site, spelled as it came first
+        # By the layer's first name: two of its names are one site, spelled as it was asked for first.
+        sites: dict[Site, Site] = {}
         for layer in layers:
             asked = self.site_of(layer)
             for name in self._matching(asked):

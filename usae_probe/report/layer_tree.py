@@ -134,9 +134,8 @@ class LayerTree:
         if self.only is not None:
             self._rows = rows_with(roots, self.only)
             return
-        sites = {site.layer for site in self.model.sites}
-        self._cut = fitting_depth(roots, sites) if self.depth is None else self.depth
-        self._rows = rows_to(roots, self._cut, sites)
+        self._cut = fitting_depth(roots, self.model.used) if self.depth is None else self.depth
+        self._rows = rows_to(roots, self._cut, self.model.used)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
         room = None if options.max_width >= _ENDLESS else options.max_width

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,21 @@ class ModelLayers:
     problems: tuple[str, ...] = ()
 
     def sites_of(self, layer: str) -> list[Site]:
-        """Return the config's sites on a layer."""
-        return [site for site in self.sites if site.layer == layer]
+        """Return the config's sites on a layer, under whichever of its names."""
+        return self._used.get(layer, [])
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The layers that the config reads, by their first names."""
+        return frozenset(self._used)
+
+    @cached_property
+    def _used(self) -> dict[str, list[Site]]:
+        first = {name: info.name for info in self.layers for name in (info.name, *info.aliases)}
+        used: dict[str, list[Site]] = {}
+        for site in self.sites:
+            used.setdefault(first[site.layer], []).append(site)
+        return used
 
 
 def survey(hooked: HookedModel, title: str, wanted: Iterable[str] = ()) -> ModelLayers:
