@@ -38,10 +38,13 @@ def traced(
     function: Callable[[Any, Tensor], Tensor], size: tuple[int, int] = (8, 4), **parameters: tuple[int, ...]
 ) -> Layout | None:
     """The layout of what `function` makes of two pictures; the values are checked to be those of a bare pass."""
-    module, batch = Module(function, **parameters), torch.randn(2, 3, *size)
+    return followed(Module(function, **parameters), torch.randn(2, 3, *size))
+
+
+def followed(module: nn.Module, batch: Tensor, tracer: type[AxisTracer] = AxisTracer) -> Layout | None:
     with torch.no_grad():
         bare = module(batch)
-        with AxisTracer(module) as axes:
+        with tracer(module) as axes:
             axes.picture(batch)
             output = module(batch)
     assert torch.equal(bare, output)
@@ -357,16 +360,8 @@ def test_the_fused_attention_of_torch() -> None:
 
     seen: list[str] = []
     for batch_first in (True, False):
-        module, batch = Attends(batch_first).eval(), torch.randn(2, 3, 8, 4)
-        with torch.no_grad():
-            bare = module(batch)
-            with Names(module) as axes:
-                axes.picture(batch)
-                output = module(batch)
-        assert torch.equal(bare, output)
-        assert axes.layout(output) == Layout(
-            "tokens", prefix=1, has_cls=True, grid=(4, 2), batch_axis=0 if batch_first else 1
-        )
+        layout = followed(Attends(batch_first).eval(), torch.randn(2, 3, 8, 4), Names)
+        assert layout == Layout("tokens", prefix=1, has_cls=True, grid=(4, 2), batch_axis=0 if batch_first else 1)
     assert "aten._native_multi_head_attention.default" in seen  # the fast path was taken
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .adapter import LoadedModel, ModelSpec, all_entries, load_adapter
-from .errors import AdapterError, ConfigError, UsaeProbeWarning, UsageError
+from .errors import AdapterError, ConfigError, UsaeProbeWarning, UsageError, first_line
 from .hooks import HookedModel, LayerName, Layout
 from .images import OpaqueTransform, Preprocessing
 
@@ -182,8 +182,8 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device="cpu" if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise UsageError(f"device '{device}' cannot be used: {reason}", hint="auto, cpu, cuda or cuda:1") from error
+        reason = f"device '{device}' cannot be used: {first_line(error)}"
+        raise UsageError(reason, hint="auto, cpu, cuda or cuda:1") from error
 
 
 def _preprocessing(name: str, known: Preprocessing | None, given: dict[str, Any]) -> Preprocessing:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, nearest
 from .sites import Site, check_model_name
@@ -256,7 +257,8 @@ def checked(model: type[T], data: Mapping[str, Any]) -> T:
         path = tuple(first["loc"])
         key = ".".join(str(part) for part in path) or model.__name__.removesuffix("Config").lower()
         if first["type"] == "extra_forbidden":
-            known = _known_keys(model, path[:-1])
+            table = _table_at(model, path[:-1])
+            known = list(table.model_fields) if table else []
             listed = f"known keys: {', '.join(known)}"
             hint = nearest(str(path[-1]), known)
             raise ConfigError(f"unknown config key '{key}'", hint=f"{hint} {listed}".strip()) from None
@@ -289,15 +291,22 @@ def settled(tables: Sequence[_Table], settings: Mapping[str, Any]) -> tuple[Any,
     )
 
 
-def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
-    table = _table_at(model, path)
-    return list(table.model_fields) if table else []
+def default_of(key: str) -> Any:
+    """Return the default of a config key spelled `table.key` or `models.NAME.key`; None where it has none."""
+    table, _, rest = key.partition(".")
+    name, _, last = rest.rpartition(".")
+    field = _field_at(RunConfig, (table, name, last) if name else (table, last))
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 
 def _description(model: type[BaseModel], path: tuple[str | int, ...]) -> str:
-    table = _table_at(model, path[:-1])
-    field = table.model_fields.get(str(path[-1])) if table and path else None
+    field = _field_at(model, path)
     return (field.description or "") if field else ""
+
+
+def _field_at(model: type[BaseModel], path: tuple[str | int, ...]) -> FieldInfo | None:
+    table = _table_at(model, path[:-1])
+    return table.model_fields.get(str(path[-1])) if table and path else None
 
 
 def _table_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseModel] | None:

@@ -91,6 +91,11 @@ class UsaeProbeWarning(UserWarning):
     """Something that works but is probably not what was meant; shown once."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message that says something: what follows is often a page."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
 def nearest(name: str, options: Iterable[str], *, n: int = 3) -> str:
     """Return `did you mean a, b or c?` for the options nearest to `name`, or an empty string.
 

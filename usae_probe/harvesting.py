@@ -13,12 +13,10 @@ import torch
 from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, SiteSpec
 from .config import BufferConfig, ImagesConfig, settled
 from .errors import ImageError, SiteError, UsaeProbeWarning
-from .hooks import HookedModel, coarsest
+from .hooks import Grid, HookedModel, coarsest
 from .images import ImageSource, LoadedImages, OpaqueTransform, iter_batches, open_source
 from .sites import Site
 from .split import draw_split
-
-Grid = tuple[int, int]
 
 
 class HarvestProgress(NamedTuple):

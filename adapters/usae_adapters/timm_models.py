@@ -8,7 +8,7 @@ from timm.models import is_model, list_models
 from torch import nn
 
 from usae_probe.adapter import LoadedModel, ModelSpec, Preprocessing
-from usae_probe.errors import AdapterError, UsageError, nearest
+from usae_probe.errors import AdapterError, UsageError, first_line, nearest
 
 from .weights import load_checkpoint
 
@@ -45,7 +45,7 @@ def _create(spec: ModelSpec) -> nn.Module:
     except Exception as error:
         if not spec.pretrained or "Invalid pretrained tag" in str(error):
             raise UsageError(f"timm cannot build '{spec.name}' with options {dict(spec.options)}: {error}") from error
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise AdapterError(
             f"timm could not load the pretrained weights of '{spec.name}': {reason}",
             hint="without network give checkpoint = 'weights.safetensors', or pretrained = false",

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from usae_probe.adapter import LoadedModel, ModelSpec, Preprocessing
-from usae_probe.errors import AdapterError, CheckpointError, UsageError, nearest
+from usae_probe.errors import AdapterError, CheckpointError, UsageError, first_line, nearest
 from usae_probe.hooks import Layout, Point
 
-from .weights import read_state_dict
+from .weights import joined, listed, read_state_dict
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FIXED = ("model_type", "return_dict", "transformers_version", "dtype")
@@ -163,7 +163,7 @@ def _import_libraries() -> None:
         from transformer_lens.model_bridge.sources import transformers as bridges  # noqa: F401
     except Exception as error:
         raise AdapterError(
-            f"transformer_lens cannot be imported: {type(error).__name__}: {_first_line(error)}",
+            f"transformer_lens cannot be imported: {type(error).__name__}: {first_line(error)}",
             hint="install transformer-lens and a release of transformers that it works with",
         ) from error
 
@@ -240,7 +240,7 @@ def _built(kind: Any, config: Any, source: str, spec: ModelSpec) -> Any:
     try:
         return kind(config)
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"'{spec.name}' cannot be built with options {dict(spec.options)}: {reason}") from error
 
 
@@ -261,7 +261,7 @@ def _with_weights(
     except Exception as error:
         if state is not None:
             raise CheckpointError(
-                f"checkpoint '{spec.checkpoint}' does not fit model '{spec.name}': {_first_line(error)}"
+                f"checkpoint '{spec.checkpoint}' does not fit model '{spec.name}': {first_line(error)}"
             ) from error
         raise _unloadable("weights", spec, error) from error
     _check_loaded(told, spec, of_a_file=state is not None)
@@ -274,17 +274,12 @@ def _check_loaded(told: Mapping[str, Any], spec: ModelSpec, *, of_a_file: bool) 
         f"{key} is {list(given)} in the weights, {list(wanted)} in the model"
         for key, given, wanted in sorted(told["mismatched_keys"])
     ]
-    listed = {"missing": sorted(set(told["missing_keys"]) - {entry[0] for entry in told["mismatched_keys"]})}
-    if of_a_file:
-        listed["not in the model"] = sorted(told["unexpected_keys"])
-    for what, keys in listed.items():
-        if keys:
-            problems.append(f"{len(keys)} {what}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}")
+    problems += listed("missing", sorted(set(told["missing_keys"]) - {entry[0] for entry in told["mismatched_keys"]}))
+    problems += listed("not in the model", sorted(told["unexpected_keys"]) if of_a_file else [])
     if problems:
         where = f"checkpoint '{spec.checkpoint}' does" if of_a_file else "the pretrained weights do"
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(
-            f"{where} not fit model '{spec.name}': {'; '.join(problems[:6])}{more}",
+            f"{where} not fit model '{spec.name}': {joined(problems)}",
             hint="check the model's name and options (num_labels, image_size)",
         )
 
@@ -298,7 +293,7 @@ def _bridged(hf_model: Any, source: str, spec: ModelSpec) -> nn.Module:
         )
     except Exception as error:
         raise AdapterError(
-            f"TransformerLens cannot bridge '{spec.name}': {type(error).__name__}: {_first_line(error)}"
+            f"TransformerLens cannot bridge '{spec.name}': {type(error).__name__}: {first_line(error)}"
         ) from error
     for name, hook_point in bridge.hook_dict.items():
         if name.endswith((".hook_normalized", ".hook_scale")):
@@ -315,7 +310,7 @@ def _only_look(tensor: Any, *, hook: Any) -> None:
 
 def _unloadable(what: str, spec: ModelSpec, error: Exception) -> AdapterError:
     return AdapterError(
-        f"the {what} of '{spec.name}' could not be loaded: {type(error).__name__}: {_first_line(error)}",
+        f"the {what} of '{spec.name}' could not be loaded: {type(error).__name__}: {first_line(error)}",
         hint="give a name on the Hugging Face hub, or, without network, a local folder as save_pretrained writes it",
     )
 
@@ -326,7 +321,3 @@ def _config_of(bridge: Any) -> Any:
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")

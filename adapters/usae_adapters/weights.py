@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from usae_probe.errors import CheckpointError
+from usae_probe.errors import CheckpointError, first_line
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 
@@ -56,11 +56,10 @@ def load_checkpoint(module: nn.Module, path: Path, *, model: str) -> None:
     ]
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in wanted]
-    problems = wrong + _listed("missing in the checkpoint", missing) + _listed("not in the model", unexpected)
+    problems = wrong + listed("missing in the checkpoint", missing) + listed("not in the model", unexpected)
     if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise CheckpointError(
-            f"checkpoint '{path}' does not fit model '{model}': {shown}",
+            f"checkpoint '{path}' does not fit model '{model}': {joined(problems)}",
             hint="check the model's name and options (num_classes, img_size)",
         )
     module.load_state_dict(given, strict=False)
@@ -71,10 +70,16 @@ def _reason(error: Exception) -> str:
     unpickling = re.search(r"Unsupported [^\n.]*(\.\w+)*", str(error))
     if unpickling:
         return f"it holds more than weights ({unpickling[0]})"
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return first_line(error) or type(error).__name__
 
 
-def _listed(what: str, keys: list[str]) -> list[str]:
+def listed(what: str, keys: list[str]) -> list[str]:
+    """Say how many names of weights are `what`, with the first few; nothing when there are none."""
     if not keys:
         return []
     return [f"{len(keys)} {what}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"]
+
+
+def joined(problems: list[str]) -> str:
+    """Join what does not fit, cut short."""
+    return "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")

@@ -2,13 +2,14 @@
 
 from .catalogue import LayerName
 from .inspect import Call, LayerInfo, Output
-from .layout import Layout, LayoutRule, default_layout
+from .layout import Grid, Layout, LayoutRule, default_layout
 from .model import HookedModel
 from .points import Point
 from .tokens import coarsest, from_rows, resample, to_rows
 
 __all__ = [
     "Call",
+    "Grid",
     "HookedModel",
     "LayerInfo",
     "LayerName",

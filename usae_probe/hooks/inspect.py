@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from .axes import AxisTracer
 from .containers import tensors_in
 from .layout import Layout, LayoutRule, default_layout
-from .modes import eagerly, evaluating
+from .modes import hooked, observing
 from .points import Point
 
 DRY_BATCH = 2
@@ -102,7 +100,7 @@ def dry_run(
         UsageError: when the model cannot take such an input.
     """
     try:
-        with torch.no_grad(), evaluating(module), eagerly(module):
+        with observing(module):
             watch = _watched(module, call, pictures, points)
     except Exception as error:
         raise UsageError(
@@ -120,7 +118,7 @@ class _Watch:
         runs: by first name.
     """
 
-    def __init__(self, points: Mapping[str, Point], pictures: Tensor, axes: AxisTracer | None) -> None:
+    def __init__(self, points: Mapping[str, Point], pictures: Tensor, axes: AxisTracer) -> None:
         first: dict[tuple[int, Any], str] = {}
         self.names: dict[str, list[str]] = {}
         self.runs: dict[str, list[Call]] = {}
@@ -133,15 +131,11 @@ class _Watch:
                 self.runs[own] = []
                 self._of_module.setdefault(id(point.module), []).append(own)
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def follow(self, call: Callable[[], Any]) -> None:
+        """Do a pass and see what every point outputs."""
         modules = {id(point.module): point.module for point in self._points.values()}
-        handles = [module.register_forward_hook(self._record) for module in modules.values()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked((module, self._record) for module in modules.values()):
+            call()
 
     def _record(self, module: nn.Module, _args: Any, output: Any) -> None:
         for name in self._of_module[id(module)]:
@@ -153,8 +147,7 @@ class _Watch:
         point = self._points[name]
         value = point.convert(value) if point.convert is not None and not element else value
         full = tuple(value.shape)
-        traced = self._axes is not None and self._axes.axes(value) is not None
-        layout = self._axes.layout(value) if traced and self._axes is not None else None
+        traced, layout = self._axes.axes(value) is not None, self._axes.layout(value)
         if layout is None and (len(full) < 2 or full[0] != len(self._pictures)):
             return Output(element, full, None, None)
         shape = without_axis(full, layout.batch_axis if layout else 0)
@@ -166,14 +159,11 @@ def _watched(module: nn.Module, call: Callable[[], Any], pictures: Tensor, point
         with AxisTracer(module) as axes:
             axes.picture(pictures)
             watch = _Watch(points, pictures, axes)
-            with watch.hooked():
-                call()
-            return watch
-    except Exception:
-        watch = _Watch(points, pictures, None)  # whatever it was: a model that runs by itself is still described
-        with watch.hooked():
-            call()
-        return watch
+            watch.follow(call)
+    except Exception:  # whatever it was: a model that runs by itself is still described, by a tracer that is not on
+        watch = _Watch(points, pictures, AxisTracer(module))
+        watch.follow(call)
+    return watch
 
 
 def _describe(

@@ -13,6 +13,8 @@ from ..errors import ConfigError, SiteError
 from ..sites import Site
 
 Kind = Literal["vector", "tokens", "nchw", "nhwc"]
+Grid = tuple[int, int]
+"""(rows, columns) of places."""
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 _SPELLED = re.compile(
@@ -39,7 +41,7 @@ class Layout:
     kind: Kind
     prefix: int | None = None
     has_cls: bool = False
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
     heads: Literal["first", "last"] | None = None
     order: tuple[int, ...] | None = None
     batch_axis: int = 0

@@ -18,11 +18,11 @@ from ..sites import Policy, Site, check_model_name
 from .catalogue import Catalogue, LayerName, Resolved
 from .containers import tensors_in, the_element
 from .inspect import DRY_BATCH, LayerInfo, dry_run, points_of
-from .layout import Layout, LayoutRule, d_in
-from .modes import eagerly, evaluating
+from .layout import Grid, Layout, LayoutRule, d_in
+from .modes import observing
 from .points import Point
 from .timing import time_shares
-from .tokens import Grid, from_rows, laid_out_like, rows_per_image, to_rows
+from .tokens import from_rows, laid_out_like, rows_per_image, to_rows
 from .tracing import Read, Tracer, require_graph
 
 Splice = Callable[[Tensor], Tensor]
@@ -82,6 +82,16 @@ class HookedModel:
         found = dry_run(module, self._call(self._example), self._example, points, layout_rule)
         self._catalogue = Catalogue(name, found, points, layout or {}, where)
         self.sites: tuple[Site, ...] = self.expand(layers)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The first floating-point weight: the model's input goes to its device, in its dtype."""
+        return next((p for p in self.module.parameters() if p.is_floating_point()), None)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the model input that one picture becomes."""
+        return tuple(self._example.shape[1:])
 
     def layers(self) -> list[LayerInfo]:
         """List the model's layers in execution order; those that never run come last."""
@@ -225,7 +235,7 @@ class HookedModel:
         Returns:
             {layer: share}, the median over the passes; two pictures each, after one pass that is not counted.
         """
-        with self._lock, torch.no_grad(), evaluating(self.module), eagerly(self.module):
+        with self._lock, observing(self.module):
             modules = {info.name: self._catalogue.points[info.name].module for info in self.layers()}
             return time_shares(modules, self._call(self._example), self._example.device, repeats)
 
@@ -280,7 +290,7 @@ class HookedModel:
         return {read.key: taken[read.key] for read in reads}
 
     def _pass(self, batch: Tensor, reads: Sequence[Read], grad: bool, *, whole: bool) -> Any:
-        with self._lock, torch.set_grad_enabled(grad), evaluating(self.module), eagerly(self.module):
+        with self._lock, observing(self.module, grad):
             if self._closed:
                 raise UsaeProbeError(f"hooked model '{self.name}' is closed", hint="attach the model again")
             if self._tracer is None:
@@ -302,7 +312,7 @@ class HookedModel:
         return (given if isinstance(given, tuple) else (given,)), {}
 
     def _place(self, batch: Tensor) -> Tensor:
-        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        weight = self.weight
         return batch if weight is None else batch.to(device=weight.device, dtype=weight.dtype)
 
 

@@ -1,9 +1,9 @@
-"""How a model is run while it is looked at: in eval mode and eagerly, whatever it was in before, and then again."""
+"""How a model is run while it is looked at: in eval mode and eagerly, whatever it was in before, and with hooks."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,27 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def observing(module: nn.Module, grad: bool = False) -> Iterator[None]:
+    """Run passes in eval mode, eagerly, and with a graph only if asked for; the model is as it was afterwards."""
+    with torch.set_grad_enabled(grad), _evaluating(module), _eagerly(module):
+        yield
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Have forward hooks on modules, and take them off again, also after an exception."""
+    handles = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """Put every submodule into eval mode and give each its own flag back, also after an exception."""
     training = [part for part in module.modules() if part.training]
     for part in training:
@@ -25,7 +45,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def eagerly(module: nn.Module) -> Iterator[None]:
+def _eagerly(module: nn.Module) -> Iterator[None]:
     """Run parts that `torch.compile` compiled as they were written: compiled code calls no hooks."""
     compiled = any(
         part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"  # its import takes seconds

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modes import hooked
+
 
 def time_shares(
     modules: Mapping[str, nn.Module], call: Callable[[], Any], device: torch.device, repeats: int
@@ -29,14 +31,10 @@ def time_shares(
     for number in range(repeats + 1):
         ends: dict[int, float] = {}
         parts = {id(module): module for module in modules.values()}
-        handles = [module.register_forward_hook(_clock(ends, device)) for module in parts.values()]
-        try:
+        with hooked((module, _clock(ends, device)) for module in parts.values()):
             begin = _now(device)
             call()
             total = _now(device) - begin
-        finally:
-            for handle in handles:
-                handle.remove()
         for key, end in ends.items() if number else ():
             shares.setdefault(key, []).append((end - begin) / total)
     return {name: median(shares[id(module)]) for name, module in modules.items() if id(module) in shares}

@@ -12,9 +12,7 @@ from torch.nn import functional
 from ..errors import SiteError, UsageError
 from ..shapes import RowMatrix
 from ..sites import Policy
-from .layout import Layout, n_tokens
-
-Grid = tuple[int, int]
+from .layout import Grid, Layout, n_tokens
 
 
 def to_rows(

@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_modules
 
 from ..errors import SiteError, UsaeProbeError
 from .containers import tensors_in, with_tensor
+from .modes import hooked
 from .wrapping import Wrapping
 
 
@@ -133,20 +134,14 @@ class Tracer:
         visits = sorted({(read.order, id(read.module), read.call) for read in reads if _has_hooks(read.module)})
         number = {(module, call): place for place, (_, module, call) in enumerate(visits)}
         modules = {id(read.module): read.module for read in reads if _has_hooks(read.module)}
-        handles = []
-        try:
-            for key, module in modules.items():
-                wanted = {call for owner, call in number if owner == key}
-                handles.append(module.register_forward_hook(_through(self._rig.tap, wanted)))
+        wanted = {key: {call for owner, call in number if owner == key} for key in modules}
+        with hooked((module, _through(self._rig.tap, wanted[key])) for key, module in modules.items()):
             yield [
                 (tap, number[id(read.module), read.call])
                 if id(read.module) in modules
                 else (envoys[id(read.module)], read.call)
                 for read in reads
             ]
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def require_graph(key: object) -> None:

@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
+from ..config import RunConfig, default_of
 from ..errors import CheckpointError, StageError, UsageError
 from ..files import sha256, write_json
-from .stages import RESULTS, Stage, default_of, depends_on
+from .stages import RESULTS, Stage, depends_on
 
 SCHEMA = 1
 _PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
@@ -41,12 +41,16 @@ class RunRecord:
         return stage in self._data["stages"]
 
     def changed(self, stage: Stage, config: RunConfig) -> list[str]:
-        """Return the keys that differ from those a finished stage was done with."""
+        """Return the keys that differ from those a finished stage was done with.
+
+        A run from before a key was there was done with its default.
+        """
         before = self._data["stages"].get(stage, {}).get("depends_on", {})
         now = depends_on(stage, config, self._data["results"], self.folder.resolve())
         if not before:
             return sorted(now)
-        return sorted(key for key in before.keys() | now.keys() if before.get(key, default_of(key)) != now.get(key))
+        then = {key: default_of(key) for key in now.keys() - before.keys()} | before
+        return sorted(key for key in then if then[key] != now.get(key))
 
     def finish(self, stage: Stage, config: RunConfig, seconds: float) -> None:
         """Write down that a stage is finished."""

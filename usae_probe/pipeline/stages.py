@@ -8,9 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel
-
-from ..config import ModelConfig, RunConfig
+from ..config import RunConfig
 from ..files import sha256
 
 Stage = Literal["harvest", "train", "evaluate", "cam"]
@@ -67,22 +65,6 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
     keys: dict[str, Any] = dict(_flatten({table: whole[table] for table in tables}))
     # The same keys with other pictures behind them, say.
     return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}
-
-
-def default_of(key: str) -> Any:
-    """Return the default of a config key spelled `table.key` or `models.NAME.key`; None where it has none.
-
-    A run that was done before the key was there was done with its default.
-    """
-    table, _, rest = key.partition(".")
-    tables: dict[str, type[BaseModel]] = {
-        name: kind
-        for name, field in RunConfig.model_fields.items()
-        if isinstance(kind := field.annotation, type) and issubclass(kind, BaseModel)
-    }
-    kind = ModelConfig if table == "models" else tables.get(table)
-    known = None if kind is None else kind.model_fields.get(rest.rpartition(".")[2])
-    return None if known is None or known.is_required() else known.get_default(call_default_factory=True)
 
 
 def _content(path: Path) -> str | None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
-
 from ..errors import SiteError, UnknownLayerError, nearest
 from ..hooks import HookedModel, LayerInfo, Layout, Output
 from ..sites import Policy, Site
@@ -102,7 +100,6 @@ def survey(hooked: HookedModel, title: str, wanted: Iterable[str] = ()) -> Model
         except (SiteError, UnknownLayerError) as error:
             meant = re.match(r"did you mean .*?\?", error.hint)  # what follows would send the user to this very list
             problems.append(f"{error.message}; {meant[0]}" if meant else error.message)
-    grey = torch.full((3, 224, 224), 128, dtype=torch.uint8)
     return ModelLayers(
         title=title,
         name=hooked.name,
@@ -111,7 +108,7 @@ def survey(hooked: HookedModel, title: str, wanted: Iterable[str] = ()) -> Model
         time_shares=shares,
         seconds=seconds,
         parameters=sum(parameter.numel() for parameter in hooked.module.parameters()),
-        input_shape=tuple(hooked.preprocess([grey]).shape[1:]),
+        input_shape=hooked.input_shape,
         sites=tuple(sites),
         problems=tuple(problems),
     )

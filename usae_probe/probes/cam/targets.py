@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import SiteError, UsageError, nearest
-from ...harvesting import Grid, common_grid
-from ...hooks import HookedModel
+from ...harvesting import common_grid
+from ...hooks import Grid, HookedModel
 from ...shapes import RowMatrix
 from ...sites import Site, model_of
 from ...usae import USAE
@@ -44,13 +44,13 @@ class Target:
     @property
     def device(self) -> torch.device:
         """The model's device: the picture is optimised there."""
-        weight = self._weight
+        weight = self.model.weight
         return torch.device("cpu") if weight is None else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The picture's dtype: float64 for a float64 model, else float32."""
-        weight = self._weight
+        weight = self.model.weight
         return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
 
     def rows(self, pictures: AnyPictures, grad: bool = False) -> RowMatrix:
@@ -61,10 +61,6 @@ class Target:
     def own_z_pre(self, rows: RowMatrix, latents: Sequence[int]) -> Float[Tensor, " b"]:
         """Return every row's z_pre of its own latent: that of row i and `latents[i]`."""
         return self.usae.pre_activation(rows, str(self.site), latents).diagonal()
-
-    @property
-    def _weight(self) -> Tensor | None:
-        return next((p for p in self.model.module.parameters() if p.is_floating_point()), None)
 
 
 def chosen_latents(usae: USAE, latents: Sequence[int | LatentRecord]) -> list[int]:
@@ -98,11 +94,11 @@ def chosen_targets(usae: USAE, models: Sequence[HookedModel], sites: Sequence[st
         _check_site(usae, by_name, site)
     spaces = {name: picture_space(by_name[name]) for name in dict.fromkeys(site.model for site in wanted)}
     grid = usae.grid or common_grid(_given_sites(usae, by_name))
-    return [
-        Target(usae, model, site, spaces[site.model], grid, centre_row(model, site, grid))
-        for site in dict.fromkeys(wanted)
-        for model in [by_name[site.model]]
-    ]
+    targets = []
+    for site in dict.fromkeys(wanted):
+        model = by_name[site.model]
+        targets.append(Target(usae, model, site, spaces[site.model], grid, centre_row(model, site, grid)))
+    return targets
 
 
 def centre_row(model: HookedModel, site: Site, grid: Grid | None) -> int | None:
