@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from usae_probe.errors import ConfigError
 from usae_probe.usae import Codes, Support, choose_kernel, select_topk
-from usae_probe.usae.kernels import CsrKernel, Kernel, ReferenceKernel, fold_bias, to_dense
+from usae_probe.usae.kernels import CsrKernel, Kernel, ReferenceKernel, SiteEncoder, to_dense
+from usae_probe.usae.kernels.csr import matrix, matrix_t
 
 from . import oracles
 
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     x: Tensor
     w_enc: Tensor
     bias: Tensor
+    b_dec: Tensor
     w_dec: Tensor
     indices: Tensor
     grad_values: Tensor
@@ -34,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [self.x, self.w_enc, self.bias, self.w_dec]
+        return [self.x, self.w_enc, self.bias, self.b_dec, self.w_dec]
 
 
 def drawn(b: int, d: int, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Case:
@@ -44,7 +46,7 @@ def drawn(b: int, d: int, n: int, k: int, seed: int = 0, dtype: torch.dtype = to
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     indices = torch.stack([torch.randperm(n, generator=g)[:k] for _ in range(b)]) if b else torch.zeros(0, k).long()
-    return Case(normal(b, d), normal(n, d), normal(n), normal(n, d), indices, normal(b, k), normal(b, d))
+    return Case(normal(b, d), normal(n, d), normal(n), normal(d), normal(n, d), indices, normal(b * k), normal(b, d))
 
 
 def gradients(outputs: list[Tensor], weights: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -52,21 +54,26 @@ def gradients(outputs: list[Tensor], weights: list[Tensor], leaves: list[Tensor]
     return list(torch.autograd.grad(total, leaves))
 
 
+def through(kernel: Kernel, indices: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(z_pre) at the support, and what it decodes to."""
+    *encoder, w_dec = parameters
+    site, support = SiteEncoder(*encoder), Support.of(indices, len(w_dec))
+    values = torch.relu(kernel.at(kernel.pre(x, site), support, x, site))
+    return values, kernel.decode(values, support, w_dec)
+
+
 def by_kernel(kernel: Kernel, case: Case) -> list[Tensor]:
-    """Values, x_hat and the gradients of x, w_enc, bias and w_dec."""
+    """Values, x_hat and the gradients of x, w_enc, b_enc, b_dec and w_dec."""
     leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
-    x, w_enc, bias, w_dec = leaves
-    support = Support(case.indices, len(w_enc))
-    values = kernel.at(kernel.pre(x, w_enc, bias), support, x, w_enc, bias)
-    x_hat = kernel.decode(values, support, w_dec)
+    values, x_hat = through(kernel, case.indices, *leaves)
     return [values, x_hat, *gradients([values, x_hat], [case.grad_values, case.grad_x_hat], leaves)]
 
 
 def by_oracle(case: Case) -> list[Tensor]:
     leaves = [leaf.detach().double().clone().requires_grad_() for leaf in case.leaves]
-    x, w_enc, bias, w_dec = leaves
-    values = oracles.at(x, w_enc, bias, case.indices)
-    x_hat = oracles.decode(values, case.indices, w_dec)
+    x, w_enc, bias, b_dec, w_dec = leaves
+    values = oracles.at(x - b_dec, w_enc, bias, case.indices).flatten()
+    x_hat = oracles.decode(values.view_as(case.indices), case.indices, w_dec)
     weights = [case.grad_values.double(), case.grad_x_hat.double()]
     # with no row nothing reaches the weights; the products' gradient is zero there
     reached = torch.autograd.grad(
@@ -114,7 +121,8 @@ class TestSpecialInputs:
             w_dec=torch.cat([case.w_dec, case.w_dec], dim=1)[:, 5:],
             bias=torch.stack([case.bias, case.bias], dim=1)[:, 0],
             indices=case.indices.T.contiguous().T,
-            grad_values=case.grad_values.T.contiguous().T,
+            b_dec=torch.stack([case.b_dec, case.b_dec], dim=1)[:, 0],
+            grad_values=torch.stack([case.grad_values, case.grad_values], dim=1)[:, 0],
             grad_x_hat=case.grad_x_hat[:, :1].expand(-1, 5),  # stride 0, as sum() gives
         )
         assert not any(part.is_contiguous() for part in strided)
@@ -123,35 +131,32 @@ class TestSpecialInputs:
 
     def test_decode_alone_with_zero_and_negative_values(self, kernel: Kernel) -> None:
         case = drawn(5, 4, 8, 3)
-        values = case.grad_values * torch.tensor([0.0, 1.0, -1.0])
+        values = case.grad_values * torch.tensor([0.0, 1.0, -1.0]).repeat(5)
         mine, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
-        found = kernel.decode(mine, Support(case.indices, 8), case.w_dec)
-        expected = oracles.decode(theirs, case.indices, case.w_dec)
+        found = kernel.decode(mine, Support.of(case.indices, 8), case.w_dec)
+        expected = oracles.decode(theirs.view(5, 3), case.indices, case.w_dec)
         torch.testing.assert_close(found, expected)
         grads = [
             torch.autograd.grad((out * case.grad_x_hat).sum(), leaf)
             for out, leaf in ((found, mine), (expected, theirs))
         ]
         torch.testing.assert_close(*grads)
-        assert grads[0][0][:, 0].any()  # a stored zero still has a gradient
+        assert grads[0][0].view(5, 3)[:, 0].any()  # a stored zero still has a gradient
 
     def test_only_what_asks_for_gradients_gets_them(self, kernel: Kernel) -> None:
         case = drawn(5, 4, 8, 3)
-        support = Support(case.indices, 8)
-        for wants in range(4):
+        for wants in range(5):
             leaves = [leaf.clone().requires_grad_(i == wants) for i, leaf in enumerate(case.leaves)]
-            x, w_enc, bias, w_dec = leaves
-            x_hat = kernel.decode(kernel.at(kernel.pre(x, w_enc, bias), support, x, w_enc, bias), support, w_dec)
+            _, x_hat = through(kernel, case.indices, *leaves)
             (x_hat * case.grad_x_hat).sum().backward()
             expected = by_oracle(case._replace(grad_values=torch.zeros_like(case.grad_values)))[2 + wants]
             torch.testing.assert_close(leaves[wants].grad, expected)
 
     def test_gradcheck(self, kernel: Kernel) -> None:
         case = drawn(4, 3, 7, 2, seed=1)
-        support = Support(case.indices, 7)
 
-        def function(x: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor) -> Tensor:
-            return kernel.decode(kernel.at(kernel.pre(x, w_enc, bias), support, x, w_enc, bias), support, w_dec)
+        def function(*leaves: Tensor) -> Tensor:
+            return through(kernel, case.indices, *leaves)[1]
 
         assert torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in case.leaves])
 
@@ -183,11 +188,11 @@ def largest_saved() -> Iterator[list[int]]:
 
 def sizes(kernel: Kernel, case: Case) -> tuple[int, int]:
     """Numbers of elements: the largest dense tensor made besides z_pre, and the largest saved for backward."""
-    x, w_enc, bias, w_dec = (leaf.detach().requires_grad_() for leaf in case.leaves)
-    support = Support(case.indices, len(w_enc))
-    z_pre = kernel.pre(x, w_enc, bias)
+    x, *encoder, w_dec = (leaf.detach().requires_grad_() for leaf in case.leaves)
+    site, support = SiteEncoder(*encoder), Support.of(case.indices, len(w_dec))
+    z_pre = kernel.pre(x, site)
     with _Sizes() as made, largest_saved() as saved:
-        x_hat = kernel.decode(kernel.at(z_pre, support, x, w_enc, bias), support, w_dec)
+        x_hat = kernel.decode(torch.relu(kernel.at(z_pre, support, x, site)), support, w_dec)
         (x_hat * case.grad_x_hat).sum().backward()
     return made.largest, max(saved)
 
@@ -204,18 +209,18 @@ def test_csr_makes_and_keeps_no_dense_code() -> None:
 
 def test_csr_z_pre_has_no_graph() -> None:
     case = drawn(3, 2, 5, 1)
-    z_pre = CsrKernel().pre(case.x, case.w_enc.requires_grad_(), case.bias)
+    z_pre = CsrKernel().pre(case.x, SiteEncoder(case.w_enc.requires_grad_(), case.bias, case.b_dec))
     assert not z_pre.requires_grad
-    torch.testing.assert_close(z_pre, case.x @ case.w_enc.T + case.bias)
+    torch.testing.assert_close(z_pre, (case.x - case.b_dec) @ case.w_enc.T + case.bias)
 
 
 def test_the_support_is_shared_and_transposed_once() -> None:
     # rows {2, 0} and {1, 2}: zᵀ has latent 0: row 0, latent 1: row 1, latent 2: rows 0 and 1
-    support = Support(torch.tensor([[2, 0], [1, 2]]), 4)
-    values = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+    support = Support.of(torch.tensor([[2, 0], [1, 2]]), 4)
+    values = torch.tensor([5.0, 6.0, 7.0, 8.0])
     z = torch.tensor([[6.0, 0.0, 5.0, 0.0], [0.0, 7.0, 8.0, 0.0]])
-    assert support.matrix(values).to_dense().equal(z)
-    assert support.matrix_t(values).to_dense().equal(z.T)
+    assert matrix(support, values).to_dense().equal(z)
+    assert matrix_t(support, values).to_dense().equal(z.T)
     assert support.transposed[0].tolist() == [0, 1, 2, 4, 4]
     assert support.transposed is support.transposed
 
@@ -230,14 +235,10 @@ def test_select_topk(b: int, n: int, data: st.DataObject) -> None:
     assert torch.zeros(b, n).scatter(1, indices, 1.0).bool().equal(oracles.largest(z_pre, k))
 
 
-def test_to_dense_and_fold_bias() -> None:
+def test_to_dense() -> None:
     codes = Codes(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([[2, 0], [0, 1]]))
     assert to_dense(codes, 3).tolist() == [[0.0, 0.0, 1.0], [2.0, 3.0, 0.0]]
     assert (to_dense(codes, 3).double().numpy() == oracles.spread(codes, 3)).all()
-    case = drawn(5, 4, 8, 3)
-    b_dec = torch.randn(4, dtype=torch.float64)
-    expected = (case.x - b_dec) @ case.w_enc.T + case.bias
-    torch.testing.assert_close(case.x @ case.w_enc.T + fold_bias(case.w_enc, case.bias, b_dec), expected)
 
 
 def test_choose_kernel() -> None:

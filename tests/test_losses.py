@@ -198,8 +198,8 @@ def test_a_perfect_reconstruction_leaves_no_nan() -> None:
 
 
 def test_fired_latents() -> None:
-    support = Support(torch.tensor([[0, 3], [3, 1]]), 5)
-    assert fired_latents(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), support).tolist() == [True, False, False, True, False]
+    support = Support.of(torch.tensor([[0, 3], [3, 1]]), 5)
+    assert fired_latents(torch.tensor([1.0, 0.0, 2.0, 0.0]), support).tolist() == [True, False, False, True, False]
     usae, x = case()
     loss = alignment_loss(usae, x)
     z_pre = {site: oracles.Parameters.of(usae).z_pre(rows, site).detach() for site, rows in by_site(usae, x).items()}

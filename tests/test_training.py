@@ -211,15 +211,15 @@ class TestLoss:
 class TestPairing:
     def batches(self, monkeypatch: pytest.MonkeyPatch, buffer: ActivationBuffer, pairing: str) -> list[Tensor]:
         seen: list[Tensor] = []
-        original = MODULE.alignment_loss
+        original = losses.alignment_loss
 
         def spying(usae: Any, x: Tensor) -> Any:
             seen.append(x.clone())
             return original(usae, x)
 
-        monkeypatch.setattr(MODULE, "alignment_loss", spying)
+        monkeypatch.setattr(losses, "alignment_loss", spying)
         train(buffer, **(SMALL | {"steps": 4}), align_warmup=0.9, pairing=pairing)
-        monkeypatch.setattr(MODULE, "alignment_loss", original)
+        monkeypatch.setattr(losses, "alignment_loss", original)
         return seen
 
     def test_shuffled_changes_pairs_and_nothing_else(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ class TestRecords:
     def test_dead_share(self, buffer: ActivationBuffer, monkeypatch: pytest.MonkeyPatch, dead_after: int) -> None:
         fired: list[Tensor] = []
         given_dead: list[Tensor | None] = []
-        source_loss, alignment_loss = MODULE.source_loss, MODULE.alignment_loss
+        source_loss, alignment_loss = losses.source_loss, losses.alignment_loss
 
         def spy_source(*args: Any, dead: Tensor, **options: Any) -> Any:
             loss = source_loss(*args, dead=dead, **options)
@@ -305,8 +305,8 @@ class TestRecords:
             given_dead.append(None)
             return loss
 
-        monkeypatch.setattr(MODULE, "source_loss", spy_source)
-        monkeypatch.setattr(MODULE, "alignment_loss", spy_align)
+        monkeypatch.setattr(losses, "source_loss", spy_source)
+        monkeypatch.setattr(losses, "alignment_loss", spy_align)
         kept = records(buffer, dead_after=dead_after, batch_size=4)
         silent = [0] * 32
         for record, now, dead in zip(kept, fired, given_dead, strict=True):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import TrainConfig
 from .kernels import Support, select_topk
+from .kernels.base import Entries
 from .model import USAE
+
+Phase = Literal["align", "main"]
 
 
 class StepLoss(NamedTuple):
@@ -50,20 +54,20 @@ def source_loss(
         aux_coef: weight of the term.
     """
     rows = x[:, usae.columns[source]]
-    z_pre = usae.z_pre(rows, source)
-    support = Support(select_topk(z_pre, usae.k), usae.n_latents)
-    values = usae.encode_at(rows, source, z_pre, support)
-    error = x - usae.decode_all(values, support)
+    coded = usae.code(rows, source)
+    error = x - usae.decode_all(coded.values, coded.support)
     per_site = site_mse(usae, error)
     aux = per_site.new_zeros(())
     n_dead = min(aux_k, int(dead.sum()))
     if n_dead and aux_coef:
-        spare = Support(select_topk(z_pre.detach().masked_fill(~dead, -torch.inf), n_dead), usae.n_latents)
-        guess = usae.kernel.decode(usae.encode_at(rows, source, z_pre, spare), spare, usae.W_dec)
+        among = coded.z_pre.detach().masked_fill(~dead, -torch.inf)
+        spare = Support.of(select_topk(among, n_dead), usae.n_latents)
+        values = usae.code_at(rows, source, coded.z_pre, spare)
+        guess = usae.kernel.decode(values, spare, usae.W_dec)
         residual = error.detach()
         aux = (site_mse(usae, residual - guess) / site_mse(usae, residual).clamp_min(1e-12)).sum()
     total = per_site.sum() + aux_coef * aux
-    return StepLoss(total, per_site.detach(), aux.detach(), fired_latents(values, support))
+    return StepLoss(total, per_site.detach(), aux.detach(), fired_latents(coded.values, coded.support))
 
 
 def alignment_loss(usae: USAE, x: Float[Tensor, "b D"]) -> StepLoss:
@@ -75,18 +79,53 @@ def alignment_loss(usae: USAE, x: Float[Tensor, "b D"]) -> StepLoss:
     rows = {site: x[:, usae.columns[site]] for site in usae.sites}
     z_pre = {site: usae.z_pre(rows[site], site) for site in usae.sites}
     summed = torch.stack([pre.detach() for pre in z_pre.values()]).sum(0)
-    support = Support(select_topk(summed, usae.k), usae.n_latents)
+    support = Support.of(select_topk(summed, usae.k), usae.n_latents)
     per_site, fired = [], torch.zeros(usae.n_latents, dtype=torch.bool, device=x.device)
     for site in usae.sites:
-        values = usae.encode_at(rows[site], site, z_pre[site], support)
+        values = usae.code_at(rows[site], site, z_pre[site], support)
         per_site.append(site_mse(usae, x - usae.decode_all(values, support)))
         fired |= fired_latents(values, support)
     mean = torch.stack(per_site).mean(0)
     return StepLoss(mean.sum(), mean.detach(), mean.new_zeros(()), fired)
 
 
-def fired_latents(values: Tensor, support: Support) -> Bool[Tensor, " n"]:
+def fired_latents(values: Entries, support: Support) -> Bool[Tensor, " n"]:
     """Return which latents have a positive value in any row."""
     fired = torch.zeros(support.n_latents, dtype=torch.bool, device=values.device)
-    fired[support.indices[values > 0]] = True
+    fired[support.columns[values > 0]] = True
     return fired
+
+
+class Objective(nn.Module):
+    """What one step minimises, as a module: so that torch's wrappers (DistributedDataParallel) can go around it.
+
+    Args:
+        usae: the model that is trained.
+        how: the objective's settings.
+    """
+
+    def __init__(self, usae: USAE, how: TrainConfig) -> None:
+        super().__init__()
+        self.usae, self.how = usae, how
+
+    def forward(self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"]) -> StepLoss:
+        """Return the loss of one batch.
+
+        Args:
+            x: normalised rows of all sites side by side.
+            phase: `align` gives all sites one support; `main` decodes each source's own code.
+            source: the site that is encoded in the main phase, or `all`.
+            dead: latents that count as dead.
+        """
+        usae, how = self.usae, self.how
+        if phase == "align":
+            return alignment_loss(usae, x)
+        sources = usae.sites if source == "all" else [source]
+        losses = [source_loss(usae, x, site, dead=dead, aux_k=how.aux_k, aux_coef=how.aux_coef) for site in sources]
+        share = 1.0 / len(losses)
+        return StepLoss(
+            total=share * torch.stack([loss.total for loss in losses]).sum(),
+            per_site=share * torch.stack([loss.per_site for loss in losses]).sum(0),
+            aux=share * torch.stack([loss.aux for loss in losses]).sum(),
+            fired=torch.stack([loss.fired for loss in losses]).any(0),
+        )

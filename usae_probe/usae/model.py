@@ -6,15 +6,31 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SiteError, UsaeProbeWarning, UsageError, nearest
-from ..shapes import Decoder, LatentVector, RowMatrix
-from .kernels import Codes, Kernel, Support, choose_kernel, fold_bias, select_topk, to_dense
+from ..shapes import Decoder, RowMatrix
+from .kernels import Codes, Kernel, PreActivations, SiteEncoder, Support, choose_kernel, to_dense
+from .kernels.base import Entries
+from .sparsity import TopK
+
+
+class Coded(NamedTuple):
+    """A code as training works with it.
+
+    Attributes:
+        values: z at the support, with its graph.
+        support: which latents are active in which row.
+        z_pre: [b, n]; only the reference kernel's has a graph.
+    """
+
+    values: Entries
+    support: Support
+    z_pre: PreActivations
 
 
 class USAE(nn.Module):
@@ -69,6 +85,7 @@ class USAE(nn.Module):
         self.sites = tuple(d_in)
         self.n_latents, self.k = n_latents, k
         self.kernel_name = kernel
+        self.sparsity = TopK(k)
         starts = torch.tensor([0, *d_in.values()]).cumsum(0).tolist()
         self.columns = {site: slice(a, b) for site, a, b in zip(self.sites, starts, starts[1:], strict=False)}
         total, generator = starts[-1], torch.Generator().manual_seed(seed)
@@ -125,10 +142,18 @@ class USAE(nn.Module):
         self._check_width(x.shape, site, "rows")
         return (x.to(self.mean) - self.mean[self.columns[site]]) / self.scale[index]
 
-    def z_pre(self, x_normalised: RowMatrix, site: str) -> Float[Tensor, "b n"]:
-        """Return the encoder product of normalised rows, [b, n_latents]."""
+    def encoder(self, site: str) -> SiteEncoder:
+        """Return the parameters that make z_pre of one site's rows.
+
+        Raises:
+            SiteError: for an unknown site.
+        """
         index = self.site_index(site)
-        return self.kernel.pre(x_normalised, self.W_enc[index], self._bias(index))
+        return SiteEncoder(self.W_enc[index], self.b_enc[index], self.b_dec[self.columns[site]])
+
+    def z_pre(self, x_normalised: RowMatrix, site: str) -> PreActivations:
+        """Return the encoder product of normalised rows, [b, n_latents]."""
+        return self.kernel.pre(x_normalised, self.encoder(site))
 
     def pre_activation(self, x: RowMatrix, site: str, latents: Tensor | Sequence[int]) -> Float[Tensor, "b l"]:
         """Return z_pre of a few latents, for rows in the model's own units, with its graph on any kernel.
@@ -157,10 +182,16 @@ class USAE(nn.Module):
         z_pre: Tensor = centred @ self.W_enc[index][chosen].T + self.b_enc[index][chosen]
         return z_pre
 
-    def encode_at(self, x_normalised: RowMatrix, site: str, z_pre: Float[Tensor, "b n"], support: Support) -> Tensor:
-        """Return the site's own values at a given support, [b, k]."""
-        index = self.site_index(site)
-        return self.kernel.at(z_pre, support, x_normalised, self.W_enc[index], self._bias(index))
+    def code(self, x_normalised: RowMatrix, site: str) -> Coded:
+        """Encode normalised rows, for training and measuring: values with their graph, and their support."""
+        z_pre = self.z_pre(x_normalised, site)
+        support = self.sparsity.select(z_pre.detach(), self.site_index(site))
+        return Coded(self.code_at(x_normalised, site, z_pre, support), support, z_pre)
+
+    def code_at(self, x_normalised: RowMatrix, site: str, z_pre: PreActivations, support: Support) -> Entries:
+        """Return the site's own values at a given support, row by row."""
+        at = self.kernel.at(z_pre, support, x_normalised, self.encoder(site))
+        return self.sparsity.activate(at, support, self.site_index(site))
 
     def encode(self, x: RowMatrix, site: str) -> Codes:
         """Encode rows in the model's own units.
@@ -175,12 +206,10 @@ class USAE(nn.Module):
         Raises:
             SiteError: for an unknown site, or rows of another width than the site's.
         """
-        normalised = self.normalise(x, site)
-        z_pre = self.z_pre(normalised, site)
-        support = Support(select_topk(z_pre, self.k), self.n_latents)
-        return Codes(self.encode_at(normalised, site, z_pre, support), support.indices)
+        coded = self.code(self.normalise(x, site), site)
+        return coded.support.codes(coded.values)
 
-    def decode_all(self, values: Tensor, support: Support) -> RowMatrix:
+    def decode_all(self, values: Entries, support: Support) -> RowMatrix:
         """Decode one code to every site at once, normalised: [b, Σ d_in], columns in the order of the sites."""
         return self.kernel.decode(values, support, self.W_dec) + self.b_dec
 
@@ -191,8 +220,11 @@ class USAE(nn.Module):
             SiteError: for an unknown site.
         """
         index, columns = self.site_index(site), self.columns[site]
-        support = Support(codes.indices, self.n_latents)
-        x_hat = self.kernel.decode(codes.values, support, self.W_dec[:, columns].contiguous()) + self.b_dec[columns]
+        support = Support.of(codes.indices, self.n_latents)
+        x_hat = (
+            self.kernel.decode(codes.values.reshape(-1), support, self.W_dec[:, columns].contiguous())
+            + self.b_dec[columns]
+        )
         return x_hat * self.scale[index] + self.mean[columns]
 
     def to_dense(self, codes: Codes) -> Float[Tensor, "b n"]:
@@ -249,10 +281,6 @@ class USAE(nn.Module):
                 f"site '{site}' has d_in = {self.d_in[site]}, given {what} of shape {list(shape)}",
                 hint="is it the activation of another layer?",
             )
-
-    def _bias(self, index: int) -> LatentVector:
-        columns = self.columns[self.sites[index]]
-        return fold_bias(self.W_enc[index], self.b_enc[index], self.b_dec[columns])
 
 
 def _check(d_in: Mapping[str, int], n_latents: int, k: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buffer import Moments
-from .kernels import Codes, Support, select_topk
+from .kernels import Codes
 from .model import USAE
 
 Matrix = dict[str, dict[str, float]]
@@ -38,11 +38,9 @@ class ReconstructionSums:
         stacked = torch.cat(list(x.values()), dim=1)
         codes = {}
         for i, site in enumerate(usae.sites):
-            z_pre = usae.z_pre(x[site], site)
-            support = Support(select_topk(z_pre, usae.k), usae.n_latents)
-            values = usae.encode_at(x[site], site, z_pre, support)
-            codes[site] = Codes(values, support.indices)
-            self._sse[i] += self._errors(stacked - usae.decode_all(values, support))
+            coded = usae.code(x[site], site)
+            codes[site] = coded.support.codes(coded.values)
+            self._sse[i] += self._errors(stacked - usae.decode_all(coded.values, coded.support))
         for site, moments in self._moments.items():
             moments.update(rows[site])
         self.n_rows += len(stacked)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from ..buffer import ActivationBuffer, Rows
 from ..config import TrainConfig, UsaeConfig, settled
 from ..errors import BufferIntegrityError, NonFiniteError
-from .losses import StepLoss, alignment_loss, source_loss
+from .losses import Objective, Phase, StepLoss
 from .model import USAE
+from .optimiser import ConstrainedAdam
 from .reconstruction import Matrix, ReconstructionSums
 from .state import TrainingState
 
@@ -42,7 +43,7 @@ class StepRecord:
 
     step: int
     steps: int
-    phase: Literal["align", "main"]
+    phase: Phase
     source: str
     lr: float
     loss: float
@@ -151,25 +152,20 @@ def train_steps(
     sites = list(usae.sites)
     steps = how.n_steps(buffer.steps_per_epoch("train", how.batch_size))
     aligned = round(how.align_warmup * steps) if len(sites) > 1 else 0
-    optimiser = torch.optim.Adam(usae.parameters(), lr=how.lr, fused=True)
+    objective, optimiser = Objective(usae, how), ConstrainedAdam(usae, how.grad_clip)
     silent = torch.zeros(usae.n_latents, dtype=torch.long, device=usae.W_dec.device)
-    done = state.restore(usae, optimiser, silent) if state else 0
+    done = state.restore(usae, optimiser.adam, silent) if state else 0
     batches = buffer.batches("train", how.batch_size, seed=how.seed, start_step=done, sites=sites)
     for step, rows in zip(range(done + 1, steps + 1), batches, strict=False):
         x = _normalised(usae, _paired(rows, how, step))
-        optimiser.zero_grad(set_to_none=True)
-        phase: Literal["align", "main"] = "align" if step <= aligned else "main"
+        optimiser.zero_grad()
+        phase: Phase = "align" if step <= aligned else "main"
         source = "all" if phase == "align" else _source(sites, how, step)
-        loss = _loss(usae, x, phase, source, silent >= how.dead_after, how)
+        loss: StepLoss = objective(x, phase, source, silent >= how.dead_after)
         _check_finite(loss, usae, step, source)
         loss.total.backward()  # type: ignore[no-untyped-call]
-        usae.project_decoder_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(usae.parameters(), how.grad_clip)
         lr = learning_rate(step, steps, how)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        optimiser.step()
-        usae.renormalise_decoder()
+        norm = optimiser.step(lr)
         silent = torch.where(loss.fired, 0, silent + 1)
         yield StepRecord(
             step=step,
@@ -180,12 +176,12 @@ def train_steps(
             loss=float(loss.total.detach()),
             losses=dict(zip(sites, loss.per_site.tolist(), strict=True)),
             aux=float(loss.aux),
-            grad_norm=float(norm),
+            grad_norm=norm,
             dead_share=float((silent >= how.dead_after).float().mean()),
             r2=_validation_r2(usae, buffer) if _validates(step, steps, how) else None,
         )
         if state:  # after the record went out: a state never runs ahead of the history
-            state.keep(usae, optimiser, silent, step)
+            state.keep(usae, optimiser.adam, silent, step)
 
 
 def learning_rate(step: int, steps: int, how: TrainConfig) -> float:
@@ -222,20 +218,6 @@ def _source(sites: list[str], how: TrainConfig, step: int) -> str:
     if how.source == "all":
         return "all"
     return sites[int(np.random.default_rng((how.seed, _SOURCE, step)).integers(len(sites)))]
-
-
-def _loss(usae: USAE, x: Tensor, phase: str, source: str, dead: Tensor, how: TrainConfig) -> StepLoss:
-    if phase == "align":
-        return alignment_loss(usae, x)
-    chosen = list(usae.sites) if source == "all" else [source]
-    losses = [source_loss(usae, x, site, dead=dead, aux_k=how.aux_k, aux_coef=how.aux_coef) for site in chosen]
-    share = 1.0 / len(losses)
-    return StepLoss(
-        total=share * torch.stack([loss.total for loss in losses]).sum(),
-        per_site=share * torch.stack([loss.per_site for loss in losses]).sum(0),
-        aux=share * torch.stack([loss.aux for loss in losses]).sum(),
-        fired=torch.stack([loss.fired for loss in losses]).any(0),
-    )
 
 
 def _check_finite(loss: StepLoss, usae: USAE, step: int, source: str) -> None:

@@ -1,0 +1,145 @@
+"""A whole config file: read, checked, and every key of it by name."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
+
+from ..errors import ConfigError
+from ..sites import Site, check_model_name
+from .checks import checked, field_at
+from .tables import (
+    BufferConfig,
+    CamConfig,
+    ImagesConfig,
+    ModelConfig,
+    ProbesConfig,
+    Table,
+    TrainConfig,
+    UsaeConfig,
+)
+
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
+
+
+class RunConfig(Table):
+    """A whole config file."""
+
+    several: ClassVar[bool] = True
+    models: dict[str, ModelConfig] = Field(min_length=1, description="the models, by name")
+    images: ImagesConfig
+    buffer: BufferConfig = BufferConfig()
+    usae: UsaeConfig = UsaeConfig()
+    train: TrainConfig = TrainConfig()
+    probes: ProbesConfig = ProbesConfig()
+    cam: CamConfig = CamConfig()
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+    _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _latents_are_there(self) -> RunConfig:
+        largest = max(self.cam.numbers, default=-1)
+        if largest >= self.usae.n_latents:
+            raise ValueError(
+                f"cam.latents names latent {largest}, but usae.n_latents = {self.usae.n_latents}: latents are numbered "
+                f"0 to {self.usae.n_latents - 1}"
+            )
+        return self
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths start from: the config file's own."""
+        return self._base
+
+    @property
+    def lists_layers(self) -> str:
+        """What lists the models' layers, for error messages; empty for a config that was read from no file."""
+        return f"`usae-probe layers {self._file}` lists them" if self._file else ""
+
+    def sites_of(self, model: str) -> list[Site]:
+        """Parse the `layers` of one model (globs are still unexpanded)."""
+        return [Site.of(model, layer) for layer in self.models[model].layers]
+
+    @property
+    def image_path(self) -> str:
+        """`images.source` with a relative path resolved."""
+        source = self.images.source
+        return source if source.startswith("torchvision:") else str((self.base / Path(source).expanduser()).resolve())
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read and check a TOML file; `${NAME}` and `${NAME:-default}` stand for environment variables.
+
+        Raises:
+            ConfigError: when the file is missing, is no TOML, or does not follow the schema.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read config '{path}': {error}", hint="give the path of a TOML file") from error
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"'{path}' is not valid TOML: {error}") from error
+        return cls.from_dict(data, base=path.resolve().parent, file=path)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, base: Path, file: Path | None = None) -> RunConfig:
+        """Check a parsed config; `base` is the folder of relative paths, `file` what it was read from.
+
+        Raises:
+            ConfigError: naming key, value and what was expected.
+        """
+        config = checked(cls, _expanded(dict(data)))
+        config._base, config._file = base, file
+        for name in config.models:
+            check_model_name(name)
+            config.sites_of(name)  # parsed once here, so that a mistake is named before any model is built
+        return config
+
+
+def default_of(key: str) -> Any:
+    """Return the default of a config key spelled `table.key` or `models.NAME.key`; None where it has none."""
+    table, _, rest = key.partition(".")
+    name, _, last = rest.rpartition(".")
+    field = field_at(RunConfig, (table, name, last) if name else (table, last))
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+
+
+def documented_keys() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (table, key, default, description) of every config key: the README's table is made from it."""
+    for table, field in RunConfig.model_fields.items():
+        model = ModelConfig if table == "models" else field.annotation
+        name = "models.NAME" if table == "models" else table
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        for key, entry in model.model_fields.items():
+            default = "required" if entry.is_required() else repr(entry.get_default(call_default_factory=True))
+            yield name, key, default, entry.description or ""
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, str):
+        return _VARIABLE.sub(_variable, value)
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return value
+
+
+def _variable(match: re.Match[str]) -> str:
+    given = os.environ.get(match["name"]) or match["default"]
+    if given is None:
+        raise ConfigError(
+            f"the config uses ${{{match['name']}}}, which is not set",
+            hint=f"export {match['name']}=…, or write ${{{match['name']}:-default}}",
+        )
+    return given

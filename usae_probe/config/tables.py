@@ -1,0 +1,162 @@
+"""The tables of a config file: one frozen pydantic model each, every key documented."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)$")]
+
+
+class Table(BaseModel):
+    """What all tables have in common: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    several: ClassVar[bool] = False
+    """Whether it holds other tables, and its own checks are about several of them together."""
+
+
+class ModelConfig(Table):
+    """`[models.NAME]`: where one model comes from and which of its layers are looked at."""
+
+    adapter: str = Field("timm", description="installed adapter that builds the model: timm, module, or a plug-in's")
+    name: str = Field(
+        description="the adapter's name for the model; module: 'file.py:factory' or 'package.mod:factory'"
+    )
+    layers: list[str] = Field(min_length=1, description="layer names or globs, with site suffixes: 'blocks.8@mean'")
+    layout: dict[str, str] = Field(
+        default_factory=dict,
+        description="axes of layers, by name or glob, where they are not found: {'blocks.*' = 'cls+4+tokens'}",
+    )
+    pretrained: bool = Field(True, description="load the adapter's own weights (not used when checkpoint is given)")
+    checkpoint: str | None = Field(None, description="local weights, .safetensors or .pth")
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to the adapter's factory")
+    image_size: int | tuple[int, int] | None = Field(None, description="pixels; default: the model's own")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="per channel, in [0, 1]; default: the model's own"
+    )
+    std: tuple[float, float, float] | None = Field(None, description="per channel; default: the model's own")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
+        None, description="default: the model's own"
+    )
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="share kept by the centre crop")
+    device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype of the forward pass")
+
+
+class ImagesConfig(Table):
+    """`[images]`: which pictures, and their split by image."""
+
+    source: str = Field(description="folder (recursive), or .npz/.npy of uint8 N,H,W,3")
+    limit: int | None = Field(None, ge=1, description="images drawn by seed over the whole source; default: all")
+    holdout: Share = Field(0.1, description="share of images kept for evaluation")
+    validation: Share = Field(0.1, description="share of the training images kept for choices during training")
+    seed: int = Field(0, description="seed of the draw")
+    batch_size: int = Field(64, ge=1, description="images per forward pass")
+    workers: int = Field(0, ge=0, description="threads that decode images; 0: the main thread does")
+
+
+class BufferConfig(Table):
+    """`[buffer]`: how activations lie on disk."""
+
+    dtype: Literal["float16", "float32"] = Field("float16", description="dtype on disk")
+    mode: Literal["store"] = Field("store", description="keep all rows")
+    shard_images: int = Field(512, ge=1, description="images per sealed shard: what a kill can cost")
+
+
+class UsaeConfig(Table):
+    """`[usae]`: the shared dictionary."""
+
+    n_latents: int = Field(2042, ge=1, description="latents of the shared code")
+    k: int = Field(64, ge=1, description="active latents per row")
+    sparsity: Literal["topk"] = Field("topk", description="how z_pre becomes z")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> UsaeConfig:
+        if self.k > self.n_latents:
+            raise ValueError(f"k = {self.k} is more than n_latents = {self.n_latents}: choose k well under it")
+        return self
+
+
+class TrainConfig(Table):
+    """`[train]`: the optimisation of the USAE."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; default 100 without steps")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
+    batch_size: int = Field(1024, ge=1, description="rows per step (all training rows when there are fewer)")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate of Adam")
+    lr_warmup: Share = Field(0.05, description="share of the steps in which the learning rate rises linearly")
+    lr_final: float = Field(0.01, ge=0, le=1, description="learning rate at the end, as a share of lr (cosine)")
+    source: Literal["random", "all"] = Field("random", description="which site's code is decoded in a step")
+    align_warmup: Share = Field(0.25, description="share of the steps with one support for all sites (see README)")
+    aux_k: int = Field(32, ge=0, description="dead latents that model the residual; 0 switches it off")
+    aux_coef: float = Field(1 / 32, ge=0, description="weight of that auxiliary loss")
+    dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
+    grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
+    kernel: Literal["auto", "reference", "csr"] = Field("auto", description="how codes are computed and decoded")
+    pairing: Literal["image", "shuffled"] = Field(
+        "image", description="shuffled: rows of different sites paired at random, the mispaired control"
+    )
+    log_every: int = Field(10, ge=1, description="steps between records of history.jsonl")
+    validate_every: int = Field(100, ge=0, description="steps between R² on validation rows; 0: only at the end")
+    device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
+    seed: int = Field(0, description="seed of initialisation, batches and sources")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"both epochs = {self.epochs} and steps = {self.steps} are given: keep one")
+        return self
+
+    def n_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimiser steps of this run, given how many one pass over the training rows takes."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 100) * steps_per_epoch))
+
+
+class ProbesConfig(Table):
+    """`[probes]`: the measures and their thresholds."""
+
+    sites: list[str] | None = Field(None, description="one site per model for the classes; default: the last listed")
+    tau: float = Field(0.0, ge=0, description="a latent fires where z > tau")
+    min_fires: int = Field(10, ge=1, description="held-out images in which a latent must fire to count for a site")
+    min_rate_ratio: float = Field(0.1, ge=0, le=1, description="and share of the rate in its busiest site")
+    entropy: float = Field(0.9, ge=0, le=1, description="firing entropy of a universal latent")
+    phi: float = Field(0.2, ge=0, le=1, description="φ of co-firing of a universal or partial latent")
+    q: float = Field(0.01, gt=0, lt=1, description="false-discovery rate of the co-firing test")
+    split_cosine: float = Field(0.9, gt=0, le=1, description="cosine of decoder rows that marks split latents")
+    train_rows: int = Field(20_000, ge=1, description="training rows that the training R² is computed on, at most")
+    auroc: float = Field(0.9, ge=0.5, le=1, description="AUROC in every model with which a latent follows a label")
+    seed: int = Field(0, ge=0, description="seed of the row per image that co-firing is tested on (@patch, @all)")
+
+
+class CamConfig(Table):
+    """`[cam]`: pictures that maximise a latent (Coordinated Activation Maximization), and exemplars beside them."""
+
+    latents: str = Field(
+        "top:8",
+        description="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8",
+    )
+    steps: int = Field(256, ge=1, description="steps of gradient ascent per picture")
+    lr: float = Field(0.05, gt=0, description="learning rate of Adam on the picture's Fourier coefficients")
+    shift: float = Field(0.06, ge=0, lt=0.5, description="random shift in every step, at most, as a share of the side")
+    scale: float = Field(0.05, ge=0, lt=0.5, description="random change of scale in every step, at most")
+    batch_size: int = Field(16, ge=1, description="latents that are optimised at once")
+    exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
+    seed: int = Field(0, ge=0, description="seed of starts, shifts and scales")
+
+    @property
+    def numbers(self) -> list[int]:
+        """The latents that are asked for by number, each once; none for `top:8` and the like."""
+        return [] if ":" in self.latents else list(dict.fromkeys(map(int, self.latents.split(","))))
+
+    @field_validator("latents")
+    @classmethod
+    def _spelled(cls, text: str) -> str:
+        if not re.fullmatch(r"(top|factors):[1-9]\d*|\d+( *, *\d+)*", text.strip()):
+            raise ValueError("it names no latents")
+        return text.strip()

@@ -1,0 +1,25 @@
+"""The `reference` kernel: dense and plain autograd, the oracle for every other one."""
+
+from __future__ import annotations
+
+from ...shapes import Decoder, RowMatrix
+from .base import Entries, PreActivations, SiteEncoder, Support
+
+
+class ReferenceKernel:
+    """Dense products, any device and dtype."""
+
+    name = "reference"
+
+    def pre(self, x: RowMatrix, encoder: SiteEncoder) -> PreActivations:
+        """Return z_pre, with its graph."""
+        return (x - encoder.b_dec) @ encoder.w_enc.T + encoder.b_enc
+
+    def at(self, z_pre: PreActivations, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
+        """Gather from z_pre."""
+        return z_pre[support.rows, support.columns]
+
+    def decode(self, values: Entries, support: Support, w_dec: Decoder) -> RowMatrix:
+        """Scatter into a dense z and multiply."""
+        z = values.new_zeros(support.n_rows, support.n_latents)
+        return z.index_put((support.rows, support.columns), values, accumulate=True) @ w_dec
