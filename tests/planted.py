@@ -9,14 +9,17 @@ in each, with the same strength), and in each model 2 of its own 64 *private* co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from usae_probe.probes import UniversalityReport
+from usae_probe.probes.records import LatentRecord
 from usae_probe.usae import USAE
 
 SITES = {"left/layer": 96, "right/layer": 128}
+HARD_SITES = {"one/layer": 128, "two/layer": 160, "three/layer": 192}
 
 
 class World(NamedTuple):
@@ -67,6 +70,80 @@ def planted_world(
         own = _strengths(rng, n, n_private, active_private)
         rows[site] = common @ shared[site] + own @ private[site] + noise * rng.normal(size=(n, d))
     return World({site: values.astype(np.float32) for site, values in rows.items()}, shared, private)
+
+
+class HardWorld(NamedTuple):
+    """A world of three models: rows and atoms by site, and what kind each atom is.
+
+    Attributes:
+        rows: [n, d] by site.
+        atoms: [n_atoms, d] by site; zero where the model does not have the atom.
+        owners: for each atom the sites that have it.
+        rate: for each atom the share of the rows that have it.
+    """
+
+    rows: dict[str, np.ndarray]
+    atoms: dict[str, np.ndarray]
+    owners: list[tuple[str, ...]]
+    rate: np.ndarray
+
+
+def hard_world(seed: int, *, n: int = 20_000, noise: float = 0.02) -> HardWorld:
+    """Draw rows that are hard to take apart.
+
+    128 atoms are shared by all three models, 32 by each two of them, 32 are private to each. Rates follow Zipf's law
+    (rate ∝ rank^-.7, about 12 atoms a row), every model has an atom with a gain of its own (log-normal, σ = .5), 16
+    pairs of the shared atoms are correlated (the second follows the first in 60 % of its rows), and one shared atom is
+    dense (half of the rows).
+    """
+    rng = np.random.default_rng((seed, 1))
+    sites = list(HARD_SITES)
+    owners = [tuple(sites)] * 128
+    owners += [pair for pair in combinations(sites, 2) for _ in range(32)]
+    owners += [(site,) for site in sites for _ in range(32)]
+    rate = rng.permutation(np.arange(1, len(owners) + 1) ** -0.7)
+    rate = np.minimum(rate * 12 / rate.sum(), 0.25)
+    rate[0] = 0.5
+    on = rng.random((n, len(owners))) < rate
+    for first in range(2, 34, 2):
+        on[:, first + 1] |= on[:, first] & (rng.random(n) < 0.6)
+    strength = on * rng.uniform(0.5, 1.5, size=on.shape)
+    rows, atoms = {}, {}
+    for site, d in HARD_SITES.items():
+        has = np.array([site in names for names in owners])
+        atoms[site] = _unit(rng.normal(size=(len(owners), d))) * has[:, None]
+        gain = np.exp(0.5 * rng.normal(size=len(owners)))
+        rows[site] = ((strength * gain) @ atoms[site] + noise * rng.normal(size=(n, d))).astype(np.float32)
+    return HardWorld(rows, atoms, owners, on.mean(0))
+
+
+def found_hard(world: HardWorld, usae: USAE, report: UniversalityReport, *, cosine: float = 0.9) -> dict[str, Any]:
+    """Return how much of a hard world was found, by the number of models that share an atom.
+
+    `recall` counts atoms for which one latent has cosine ≥ .9 in the decoder of every model that has the atom; `pure`
+    those with such a latent that has ≥ .9 of its fires in those models and φ ≥ .5 between each two of them.
+    """
+    decoders = {site: _unit(usae.decoder(site).detach().double().numpy()) for site in usae.sites}
+    cosines = {site: world.atoms[site] @ decoders[site].T for site in usae.sites}
+    recall: dict[int, list[bool]] = {1: [], 2: [], 3: []}
+    pure: dict[int, list[bool]] = {1: [], 2: [], 3: []}
+    for atom, owners in enumerate(world.owners):
+        fit = np.min([cosines[site][atom] for site in owners], axis=0) >= cosine
+        recall[len(owners)].append(bool(fit.any()))
+        pure[len(owners)].append(any(_is_pure(report.latents[k], owners) for k in np.flatnonzero(fit)))
+    return {
+        "recall": {f"shared by {m}": float(np.mean(hits)) for m, hits in recall.items()},
+        "pure": {f"shared by {m}": float(np.mean(hits)) for m, hits in pure.items()},
+        "counts": report.counts,
+        "n_split": report.n_split,
+        "r2": report.r2,
+    }
+
+
+def _is_pure(latent: LatentRecord, owners: tuple[str, ...]) -> bool:
+    within = sum(latent.fires[site] for site in owners)
+    pairs = [latent.pairs[a, b] for a, b in combinations(owners, 2)]
+    return within >= 0.9 * max(sum(latent.fires.values()), 1) and within > 0 and all(pair.phi >= 0.5 for pair in pairs)
 
 
 def found(world: World, usae: USAE, report: UniversalityReport, *, cosine: float = 0.9, own: float = 0.9) -> Found:

@@ -20,7 +20,7 @@ from usae_probe.config import TrainConfig, UsaeConfig
 from usae_probe.errors import BufferIntegrityError, ConfigError, NonFiniteError, UsageError
 from usae_probe.split import draw_split
 from usae_probe.usae import StepRecord, TrainResult, losses, train, train_steps, usae_for
-from usae_probe.usae.train import learning_rate
+from usae_probe.usae.schedule import learning_rate
 
 from . import oracles
 
@@ -213,9 +213,9 @@ class TestPairing:
         seen: list[Tensor] = []
         original = losses.alignment_loss
 
-        def spying(usae: Any, x: Tensor) -> Any:
+        def spying(usae: Any, x: Tensor, *terms: Any) -> Any:
             seen.append(x.clone())
-            return original(usae, x)
+            return original(usae, x, *terms)
 
         monkeypatch.setattr(losses, "alignment_loss", spying)
         train(buffer, **(SMALL | {"steps": 4}), align_warmup=0.9, pairing=pairing)
@@ -334,7 +334,7 @@ class TestSettings:
             train(buffer, **(SMALL | {"k": 33}))
         with pytest.raises(ConfigError, match=r"'lr': .*greater than 0, given -1"):
             train(buffer, **SMALL, lr=-1.0)
-        with pytest.raises(ConfigError, match=r"'source'.*'random' or 'all', given 'first'"):
+        with pytest.raises(ConfigError, match=r"'source'.*'random' or 'all', or a table.*, given 'first'"):
             train(buffer, **SMALL, source="first")
         with pytest.raises(UsageError, match="seed=-1"):
             train(buffer, **SMALL, seed=-1)

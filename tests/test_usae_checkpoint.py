@@ -83,6 +83,13 @@ def test_settings_may_be_overridden(saved: Path) -> None:
     assert USAE.load(saved, kernel="reference").kernel.name == "reference"
 
 
+def test_a_checkpoint_from_before_there_were_sparsities_is_topk(saved: Path) -> None:
+    rewrite(saved, sparsity=None)
+    back = USAE.load(saved)
+    assert (back.sparsity.name, back.matryoshka, back.training) == ("topk", (), False)
+    assert back.W_dec.equal(made().W_dec)
+
+
 def test_the_list_of_sites_has_the_order(saved: Path) -> None:
     # a tool that sorts keys (`jq -S`) must not exchange sites of equal width
     rewrite(saved, d_in=dict(sorted(DIMS.items())))

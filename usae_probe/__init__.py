@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .harvesting import harvest
     from .hooks import HookedModel
     from .images import Preprocessing
-    from .pipeline import Run
+    from .pipeline import Run, Sweep
     from .probes import UniversalityReport, evaluate
     from .probes.cam import CamPicture, maximize
     from .sites import Site
-    from .usae import USAE, Codes, TrainResult, train
+    from .usae import USAE, Codes, TensorBoardCallback, TrainResult, train, train_independent
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,8 @@ _HOMES = {
     "Run": "pipeline",
     "RunConfig": "config",
     "Site": "sites",
+    "TensorBoardCallback": "usae",
+    "Sweep": "pipeline",
     "TrainResult": "usae",
     "USAE": "usae",
     "UniversalityReport": "probes",
@@ -43,6 +45,7 @@ _HOMES = {
     "harvest": "harvesting",
     "maximize": "probes.cam",
     "train": "usae",
+    "train_independent": "usae",
 }
 
 __all__ = [
@@ -55,6 +58,8 @@ __all__ = [
     "Run",
     "RunConfig",
     "Site",
+    "Sweep",
+    "TensorBoardCallback",
     "TrainResult",
     "UniversalityReport",
     "UsaeProbeError",
@@ -63,6 +68,7 @@ __all__ = [
     "harvest",
     "maximize",
     "train",
+    "train_independent",
 ]
 
 

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import UsaeProbeError, UsageError
+from .errors import UsaeProbeError, UsageError, WorkerError
 
 if TYPE_CHECKING:
     from .config import RunConfig
-    from .pipeline import RunResult, Stage
+    from .pipeline import CellResult, RunResult, Stage, StageResult
     from .report.layers import ModelLayers
+    from .report.terminal import StageProgress
+    from .split import SplitName
+    from .usae import World
 
 app = typer.Typer(
     name="usae-probe",
@@ -61,6 +64,102 @@ def train(config: Config, out: Out = None, as_json: Json = False) -> None:
 def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
     """Measure what the sites have in common, on held-out rows."""
     _stages(config, out, as_json, ("evaluate",))
+
+
+@app.command()
+def sweep(
+    config: Config,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Values of a key of [usae], [train] or [probes]: usae.k=32,64. Repeat for more keys."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Trainings of each combination, from train.seed on.")
+    ] = 1,
+    buffer: Annotated[
+        Path | None,
+        typer.Option("--buffer", metavar="RUN_DIR", help="Finished run whose buffer is used; default: harvest one."),
+    ] = None,
+    holdout: Annotated[
+        bool,
+        typer.Option("--holdout", help="Measure on the held-out rows: once, after the choice was made on validation."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Sweep folder; default: runs/<config's name>-sweep.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train and measure all combinations of settings from one buffer. Finished ones are kept, also of a sweep that was
+    interrupted."""
+    folder = out or Path("runs") / f"{config.stem}-sweep"
+    with _guard(as_json, str(folder)):
+        n_failed = _sweep(
+            config, settings or [], seeds, buffer, "holdout" if holdout else "validation", folder, as_json
+        )
+    if n_failed:
+        raise typer.Exit(1)
+
+
+def _sweep(
+    config: Path, settings: list[str], seeds: int, buffer: Path | None, split: SplitName, folder: Path, as_json: bool
+) -> int:
+    """Do a sweep, show it, and return how many of its cells failed."""
+    from .config import RunConfig
+    from .pipeline import CellResult, Sweep, SweepProgress, parsed_settings
+    from .report import terminal
+    from .report.sweep import sweep_summary
+
+    _, stderr = terminal.consoles()
+    with terminal.StageProgress(stderr) as bars, _shown_warnings(bars.say):
+
+        def announce(news: CellResult | StageResult | tuple[Stage, str]) -> None:
+            if isinstance(news, CellResult):
+                for stage in ("train", "evaluate"):
+                    bars.finish(stage)
+                bars.say(_cell_line(news))
+            else:
+                _announce(bars, news)
+
+        def progress(at: SweepProgress) -> None:
+            if at.at:
+                bars.update("sweep", at.at - 1, at.n_cells, "cells", at.cell)
+            bars.update(*at.now)
+
+        doing = Sweep(
+            RunConfig.load(config),
+            folder,
+            parsed_settings(settings),
+            seeds=seeds,
+            buffer=buffer,
+            split=split,
+            progress=progress,
+            announce=announce,
+        )
+        result = doing.run()
+    names = ("sweep.json", "sweep.csv", "sweep.png", "cells")
+    files = dict(zip(("measures", "table", "figure", "USAEs"), (folder / name for name in names), strict=True))
+    data = result.to_dict() | {"sweep_dir": str(folder), "files": {what: str(path) for what, path in files.items()}}
+    if result.failed:
+        first = result.failed[0].error or {}
+        message = f"{len(result.failed)} of {len(result.cells)} cells failed; the first: {first['message']}"
+        data["error"] = {"type": first["type"], "message": message, "hint": first["hint"]}
+    _show(as_json, data, lambda: sweep_summary(data, files), crop=False)
+    return len(result.failed)
+
+
+def _cell_line(cell: CellResult) -> str:
+    """Say in one line what became of a cell."""
+    from .report.terminal import seconds
+
+    name = cell.combination.label
+    if cell.error:
+        return f"{name}: failed, {cell.error['message']}"
+    if cell.kept:
+        return f"{name}: kept, already done"
+    parts = [f"training {seconds(cell.seconds or 0.0)}", cell.note, f"redone, {cell.why}" if cell.why else ""]
+    return f"{name}: done, {'; '.join(part for part in parts if part)}"
 
 
 @app.command()
@@ -185,16 +284,44 @@ def _parsed_option(text: str) -> tuple[str, Any]:
 
 def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...] | None) -> None:
     folder = out or Path("runs") / config.stem
-    with _guard(as_json, str(folder)):
+    with _guard(as_json, str(folder), joins=True), _together() as world:
         from .config import RunConfig
 
-        _run_stages(RunConfig.load(config), folder, as_json, stages)
+        if world and not world.main:
+            _help(RunConfig.load(config), folder, stages, world)
+        else:
+            _run_stages(RunConfig.load(config), folder, as_json, stages, world=world)
+
+
+@contextmanager
+def _together() -> Iterator[World | None]:
+    """Join the processes that torchrun started with this one; nothing is imported for a process alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield None
+        return
+    from .usae.distributed import joined
+
+    with joined() as world:
+        yield world
+
+
+def _help(config: RunConfig, folder: Path, stages: tuple[Stage, ...] | None, world: World) -> None:
+    """Train with process 0, which does all the rest."""
+    if stages is None or "train" in stages:
+        from .pipeline import help_train
+
+        help_train(folder, config, world)
 
 
 def _run_stages(
-    config: RunConfig, folder: Path, as_json: bool, stages: tuple[Stage, ...] | None, hint: str = ""
+    config: RunConfig,
+    folder: Path,
+    as_json: bool,
+    stages: tuple[Stage, ...] | None,
+    hint: str = "",
+    world: World | None = None,
 ) -> None:
-    from .pipeline import Progress, Run, StageResult
+    from .pipeline import Progress, Run
     from .report import terminal
     from .report.summary import file_table, run_summary
 
@@ -202,17 +329,12 @@ def _run_stages(
     with terminal.StageProgress(stderr) as bars, _shown_warnings(bars.say):
 
         def announce(news: StageResult | tuple[Stage, str]) -> None:
-            if isinstance(news, StageResult):
-                bars.finish(news.stage)
-                spent = "kept, already done" if news.kept else f"done in {terminal.seconds(news.seconds)}"
-                bars.say(f"{news.stage}: {spent}")
-            else:
-                bars.say(f"{news[0]}: redone, {news[1]}" if news[1] else f"{news[0]} …")
+            _announce(bars, news)
 
         def progress(now: Progress) -> None:
             bars.update(*now)
 
-        doing = Run(config, folder, progress=progress, announce=announce)
+        doing = Run(config, folder, progress=progress, announce=announce, world=world)
         result = doing.run(stages)
     files = _files(folder, result)
 
@@ -222,6 +344,19 @@ def _run_stages(
         return run_summary(doing.overview(result), result.metrics, files, hint=hint)
 
     _show(as_json, _result_dict(result, files), screen)
+
+
+def _announce(bars: StageProgress, news: StageResult | tuple[Stage, str]) -> None:
+    """Say in one line that a stage starts, or what became of it."""
+    from .pipeline import StageResult
+    from .report.terminal import seconds
+
+    if isinstance(news, StageResult):
+        bars.finish(news.stage)
+        spent = "kept, already done" if news.kept else f"done in {seconds(news.seconds)}"
+        bars.say(f"{news.stage}: {spent}{f'; {news.note}' if news.note else ''}")
+    else:
+        bars.say(f"{news[0]}: redone, {news[1]}" if news[1] else f"{news[0]} …")
 
 
 def _files(folder: Path, result: RunResult) -> dict[str, Path]:
@@ -238,7 +373,7 @@ def _files(folder: Path, result: RunResult) -> dict[str, Path]:
 
 def _result_dict(result: RunResult, files: dict[str, Path]) -> dict[str, Any]:
     stages = {
-        stage.stage: {"kept": stage.kept, "seconds": round(stage.seconds, 3), "why": stage.why}
+        stage.stage: {"kept": stage.kept, "seconds": round(stage.seconds, 3), "why": stage.why, "note": stage.note}
         for stage in result.stages
     }
     data: dict[str, Any] = {"run_dir": str(result.folder), "stages": stages, "metrics": result.metrics}
@@ -261,10 +396,19 @@ def _show(as_json: bool, data: dict[str, Any], renderable: Callable[[], Any], *,
 
 
 @contextmanager
-def _guard(as_json: bool, folder: str = "") -> Iterator[None]:
-    """Turn errors into one clear line (or JSON) and the exit status of the contract."""
+def _guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[None]:
+    """Turn errors into one clear line (or JSON) and the exit status of the contract.
+
+    Of several processes that torchrun started only commands that say they `join` them run in more than one.
+    """
     try:
+        if not joins:
+            _demand_alone()
         yield
+    except WorkerError as error:
+        if error.told:
+            raise typer.Exit(1) from error
+        _fail(as_json, type(error).__name__, error.message, error.hint, 1)
     except UsaeProbeError as error:
         _fail(as_json, type(error).__name__, error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
@@ -280,6 +424,17 @@ def _guard(as_json: bool, folder: str = "") -> Iterator[None]:
             raise
         hint = "this is a bug or an unusual model: set USAE_PROBE_DEBUG=1 to see where it happened"
         _fail(as_json, type(error).__name__, str(error) or repr(error), hint, 1)
+
+
+def _demand_alone() -> None:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    if several and os.environ.get("RANK") != "0":
+        raise WorkerError("this command works in one process", told=True)
+    if several:
+        raise UsageError(
+            f"this command works in one process, {os.environ['WORLD_SIZE']} were started",
+            hint="only run, harvest, train and evaluate can be started by torchrun",
+        )
 
 
 def _fail(as_json: bool, kind: str, message: str, hint: str, status: int) -> None:

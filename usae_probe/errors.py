@@ -87,6 +87,20 @@ class StageError(UsaeProbeError):
     """A stage was asked for before the stage it needs, or with results of another config."""
 
 
+class WorkerError(UsaeProbeError):
+    """One of several processes that train together failed.
+
+    Args:
+        message: which process, and why.
+        hint: what to do about it.
+        told: process 0 says it, so that this one need not.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", told: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.told = told
+
+
 class UsaeProbeWarning(UserWarning):
     """Something that works but is probably not what was meant; shown once."""
 

@@ -210,7 +210,14 @@ class ActivationBuffer:
         )
 
     def batches(
-        self, split: str, batch_size: int, *, seed: int, start_step: int = 0, sites: Sequence[str] | None = None
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+        sites: Sequence[str] | None = None,
+        share: slice = slice(None),
     ) -> Iterator[Rows]:
         """Shuffled batches without end; each epoch goes through all rows in a new order.
 
@@ -223,13 +230,14 @@ class ActivationBuffer:
             seed: of the order of rows.
             start_step: number of the first batch; a run resumed there sees what it would have seen.
             sites: which ones; all by default.
+            share: the part of every batch that is read, where several processes have one each.
 
         Raises:
             UsageError: at once when the split has no rows or a number is out of range.
         """
         known = self._known_sites(sites)
         numbers = batch_rows(self.n_rows(split), batch_size, seed=seed, start_step=start_step)
-        return (self.gather(split, rows, known) for rows in numbers)
+        return (self.gather(split, rows[share], known) for rows in numbers)
 
     def steps_per_epoch(self, split: str, batch_size: int) -> int:
         """Batches per epoch that `batches` gives."""

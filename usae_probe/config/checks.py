@@ -55,7 +55,8 @@ def settled(tables: Sequence[Table], settings: Mapping[str, Any]) -> tuple[Any, 
     return tuple(
         checked(
             type(table),
-            table.model_dump() | {key: value for key, value in settings.items() if key in type(table).model_fields},
+            table.model_dump(exclude_unset=True)  # a recipe's keys are the recipe's to set again
+            | {key: value for key, value in settings.items() if key in type(table).model_fields},
         )
         for table in tables
     )

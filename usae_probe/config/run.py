@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from ..errors import ConfigError
 from ..sites import Site, check_model_name
 from .checks import checked, field_at
+from .sparsities import check_used
 from .tables import (
     BufferConfig,
     CamConfig,
@@ -50,6 +51,11 @@ class RunConfig(Table):
                 f"cam.latents names latent {largest}, but usae.n_latents = {self.usae.n_latents}: latents are numbered "
                 f"0 to {self.usae.n_latents - 1}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_uses(self) -> RunConfig:
+        check_used(self.train.changed, self.usae.sparsity)
         return self
 
     @property

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
+
+from .recipes import weights, with_recipe
+from .sparsities import check_matryoshka
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)$")]
@@ -71,13 +74,24 @@ class UsaeConfig(Table):
     """`[usae]`: the shared dictionary."""
 
     n_latents: int = Field(2042, ge=1, description="latents of the shared code")
-    k: int = Field(64, ge=1, description="active latents per row")
-    sparsity: Literal["topk"] = Field("topk", description="how z_pre becomes z")
+    k: int = Field(64, ge=1, description="active latents per row (batchtopk, jumprelu: in the mean; l1: not used)")
+    sparsity: Literal["topk", "batchtopk", "jumprelu", "l1", "soft-topk", "global-topk"] = Field(
+        "topk", description="how z_pre becomes z (see README)"
+    )
+    matryoshka: list[int] = Field(
+        default_factory=list,
+        description="nested dictionaries: the first 256, 512, … latents reconstruct too; the last is n_latents",
+    )
 
     @model_validator(mode="after")
     def _k_fits(self) -> UsaeConfig:
         if self.k > self.n_latents:
             raise ValueError(f"k = {self.k} is more than n_latents = {self.n_latents}: choose k well under it")
+        return self
+
+    @model_validator(mode="after")
+    def _nested(self) -> UsaeConfig:
+        check_matryoshka(self.matryoshka, self.n_latents, self.sparsity)
         return self
 
 
@@ -90,26 +104,104 @@ class TrainConfig(Table):
     lr: float = Field(3e-3, gt=0, description="peak learning rate of Adam")
     lr_warmup: Share = Field(0.05, description="share of the steps in which the learning rate rises linearly")
     lr_final: float = Field(0.01, ge=0, le=1, description="learning rate at the end, as a share of lr (cosine)")
-    source: Literal["random", "all"] = Field("random", description="which site's code is decoded in a step")
+    recipe: Literal["default", "published"] = Field(
+        "default", description="published: the training of arXiv 2502.03714, for comparison; sets the keys that make it"
+    )
+    loss: Literal["mse", "l1"] = Field(
+        "mse", description="error per target: squared (1 for predicting the mean) or absolute"
+    )
+    site_weights: dict[str, float] | None = Field(
+        None, description="weight of each target in the loss, {'vit/blocks.11' = 2.0}; 1 where none is given"
+    )
+    source: str | dict[str, float] = Field(
+        "random", description="site whose code is decoded in a step: random, all, or {site = weight} of being drawn"
+    )
+    update: Literal["all", "source"] = Field(
+        "all", description="source: a step changes the source's encoder and decoder only, as in the published code"
+    )
     align_warmup: Share = Field(0.25, description="share of the steps with one support for all sites (see README)")
     aux_k: int = Field(32, ge=0, description="dead latents that model the residual; 0 switches it off")
     aux_coef: float = Field(1 / 32, ge=0, description="weight of that auxiliary loss")
+    contrastive_coef: float = Field(0.0, ge=0, description="weight of InfoNCE between paired codes of different sites")
+    contrastive_temperature: float = Field(0.1, gt=0, description="its temperature, for cosines")
+    input_noise: float = Field(0.0, ge=0, description="Gaussian noise on the encoder's input, as a share of its spread")
+    latent_dropout: Share = Field(0.0, description="share of a row's active latents left out at random in training")
+    init: Literal["random", "data"] = Field(
+        "random", description="first decoder rows: random directions, or paired training rows drawn by seed"
+    )
+    anneal: Share = Field(0.5, description="share of the steps in which l1 rises to its weight, soft-topk becomes hard")
+    temperature: float = Field(1.0, gt=0, description="soft-topk: temperature at the start, in units of z_pre")
+    soft_width: float = Field(2.0, gt=1, description="soft-topk: latents in play while it is soft, in multiples of k")
+    l1_coef: float = Field(0.2, ge=0, description="l1: weight of the code's decoded size (see README)")
+    l0_coef: float = Field(1.0, ge=0, description="jumprelu: weight of (L0 / k − 1)²")
+    bandwidth: float = Field(0.5, gt=0, description="jumprelu: bandwidth of the thresholds' straight-through gradient")
     dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay of the encoders, per unit of learning rate"
+    )
     grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
-    kernel: Literal["auto", "reference", "csr"] = Field("auto", description="how codes are computed and decoded")
+    kernel: Literal["auto", "reference", "csr", "triton"] = Field(
+        "auto", description="how codes are computed and decoded: triton on CUDA, csr on CPU, reference anywhere"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="factors of the encoder product; bf16 decides which latents are active, not their values"
+    )
     pairing: Literal["image", "shuffled"] = Field(
         "image", description="shuffled: rows of different sites paired at random, the mispaired control"
     )
     log_every: int = Field(10, ge=1, description="steps between records of history.jsonl")
     validate_every: int = Field(100, ge=0, description="steps between R² on validation rows; 0: only at the end")
+    early_stop: int = Field(
+        0, ge=0, description="stop after so many validations in a row without a better mean cross-R²; 0: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights that the run keeps: of the last step, or of the best validation cross-R²"
+    )
+    ema: Share = Field(0.0, description="decay per step of an average of the weights that takes their place; 0: none")
+    tensorboard: bool = Field(False, description="write records to tensorboard/ in the run folder too")
     device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
     seed: int = Field(0, description="seed of initialisation, batches and sources")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _recipe(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
+        if not isinstance(data, dict):
+            return handler(data)
+        made = handler(with_recipe(data))
+        made.model_fields_set.intersection_update(data)  # what a recipe sets does not stay when the recipe is changed
+        return made
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source(cls, source: Any) -> Any:
+        if isinstance(source, dict):
+            return weights(source)
+        if source not in ("random", "all"):
+            raise ValueError("Input should be 'random' or 'all', or a table {site = weight}")
+        return source
+
+    @field_validator("site_weights", mode="before")
+    @classmethod
+    def _site_weights(cls, given: Any) -> Any:
+        return weights(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"both epochs = {self.epochs} and steps = {self.steps} are given: keep one")
         return self
+
+    @model_validator(mode="after")
+    def _validations(self) -> TrainConfig:
+        if not self.validate_every and (self.early_stop or self.keep == "best"):
+            key = f"early_stop = {self.early_stop}" if self.early_stop else "keep = 'best'"
+            raise ValueError(f"{key} goes by validations, which validate_every = 0 leaves out: raise it")
+        return self
+
+    @property
+    def changed(self) -> set[str]:
+        """The keys whose value is not the default."""
+        return {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.get_default()}
 
     def n_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of this run, given how many one pass over the training rows takes."""

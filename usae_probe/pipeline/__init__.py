@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from .cell import CellResult
+from .grid import Combination, parsed_settings
 from .record import RunRecord, peak_memory
 from .run import Progress, Run, RunResult, StageResult
 from .stages import MEASURING, STAGES, Stage
+from .sweep import Sweep, SweepProgress, SweepResult
+from .training import help_train
 
 __all__ = [
     "MEASURING",
     "STAGES",
+    "CellResult",
+    "Combination",
     "Progress",
     "Run",
     "RunRecord",
     "RunResult",
     "Stage",
     "StageResult",
+    "Sweep",
+    "SweepProgress",
+    "SweepResult",
+    "help_train",
+    "parsed_settings",
     "peak_memory",
 ]

@@ -65,6 +65,14 @@ class RunRecord:
         self._data["results"][stage] = sha256(self.folder / RESULTS[stage][0])
         write_json(self.folder / "run.json", self._data)
 
+    def adopt(self, stage: Stage, result: str) -> None:
+        """Take the result of a stage that was done in another folder, by its hash, for what later stages work on."""
+        self._data["results"][stage] = result
+
+    def seconds(self, stage: Stage) -> float:
+        """Return how long a finished stage took."""
+        return float(self._data["stages"][stage]["seconds"])
+
     def config(self) -> RunConfig:
         """Return the config of the run.
 

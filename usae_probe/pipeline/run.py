@@ -22,11 +22,12 @@ from ..images import annotations_of, open_source
 from ..probes import UniversalityReport, evaluate, one_site_per_model
 from ..report import figures
 from ..split import SPLITS
-from ..usae import USAE, HistoryFile, StepRecord, read_history, train, warn_without_bottleneck
+from ..usae import USAE, StepRecord, World, check_tensorboard, read_history, warn_without_bottleneck
 from .pictures import CamStage
 from .record import RunRecord
 from .source import same_source
 from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
+from .training import note_of, train_in
 
 
 class Progress(NamedTuple):
@@ -48,12 +49,14 @@ class StageResult:
         kept: it was finished before and its config keys are the same.
         seconds: how long it took when it ran.
         why: why it was redone although it was finished before; empty otherwise.
+        note: what is worth saying about its end, early stopping say; empty otherwise.
     """
 
     stage: Stage
     kept: bool
     seconds: float
     why: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Run:
         folder: the run folder; made if need be.
         progress: called as stages go on.
         announce: called when a stage starts (`stage`, why it is redone) and when it is over (its result).
+        world: the processes that train together, of which this is process 0: it alone does all the rest.
     """
 
     def __init__(
@@ -92,10 +96,12 @@ class Run:
         *,
         progress: Callable[[Progress], None] | None = None,
         announce: Callable[[StageResult | tuple[Stage, str]], None] | None = None,
+        world: World | None = None,
     ) -> None:
         self.config, self.folder = config, Path(folder)
         self._progress = progress or (lambda _: None)
         self._announce = announce or (lambda _: None)
+        self._world = world or World()
         self._report: UniversalityReport | None = None
         self._record = RunRecord(self.folder)
 
@@ -112,8 +118,11 @@ class Run:
         Raises:
             StageError: when an earlier stage's results are missing or belong to another config.
             NoLatentsError: when only pictures were asked for, and there is no latent to make them of.
+            ConfigError: when the config asks for TensorBoard's files and its package is not installed.
         """
         stages = stages or self.stages
+        if "train" in stages and self.config.train.tensorboard:
+            check_tensorboard()
         for before in earlier(stages[0]):
             self._require(before)
         results = []
@@ -137,6 +146,8 @@ class Run:
         changed, missing = self._record.changed(stage, self.config), self._missing(stage)
         finished = self._record.finished(stage)
         if finished and not changed and not missing:
+            if stage == "train":
+                self._world.tell("kept")
             result = StageResult(stage, kept=True, seconds=0.0)
             self._announce(result)
             return result
@@ -144,8 +155,9 @@ class Run:
         why = why if finished else ""
         self._announce((stage, why))
         started = time.perf_counter()
-        {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate, "cam": self._cam}[stage]()
-        result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=why)
+        doing = {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate, "cam": self._cam}[stage]
+        note = doing() or ""
+        result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=why, note=note)
         self._record.finish(stage, self.config, result.seconds)
         self._announce(result)
         return result
@@ -156,7 +168,7 @@ class Run:
         with ExitStack() as closing:
             models = self._attach(closing)
             d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
-            warn_without_bottleneck(d_in, config.usae.k)
+            warn_without_bottleneck(d_in, config.usae.k, config.usae.sparsity)
             one_site_per_model(list(d_in), config.probes.sites)
             source = open_source(config.image_path)
             spec = buffer_spec(models, source, config.images, config.buffer)
@@ -172,25 +184,13 @@ class Run:
                 ),
             )
 
-    def _train(self) -> None:
+    def _train(self) -> str:
         check_device(self.config.train.device)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / "training-state.safetensors"
-        with HistoryFile(self.folder / "history.jsonl") as history:
 
-            def follow(record: StepRecord) -> None:
-                history.add(record, keep=record.is_kept(self.config.train))
-                self._progress(Progress("train", record.step, record.steps, "steps", _training_note(record)))
+        def follow(record: StepRecord) -> None:
+            self._progress(Progress("train", record.step, record.steps, "steps", note_of(record)))
 
-            usae = train(
-                self.buffer(),
-                usae_config=self.config.usae,
-                train_config=self.config.train,
-                progress=follow,
-                resume=state,
-            ).usae
-        usae.save(self.folder / "usae.safetensors")
-        state.unlink(missing_ok=True)
+        return train_in(self.folder, self.config, self.buffer(), follow, self._world).note
 
     def _evaluate(self) -> None:
         buffer = self.buffer()
@@ -311,8 +311,3 @@ class Run:
         except BufferIntegrityError:
             return False
         return buffer.identity == identity
-
-
-def _training_note(record: StepRecord) -> str:
-    phase = "aligning, " if record.phase == "align" else ""
-    return f"{phase}loss {record.loss:.3f}, dead {record.dead_share:.0%}"

@@ -32,7 +32,7 @@ _TABLES: dict[Stage, tuple[str, ...]] = {
 }
 _WITHOUT_EFFECT = {
     "images": ("workers",),
-    "train": ("log_every", "kernel", "device"),
+    "train": ("log_every", "kernel", "device", "tensorboard"),
     "cam": ("batch_size",),
 }
 

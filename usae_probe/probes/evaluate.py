@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ def evaluate(
     buffer: ActivationBuffer,
     *,
     annotations: Sequence[Annotation] = (),
+    split: SplitName = "holdout",
     config: ProbesConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
@@ -42,24 +44,25 @@ def evaluate(
         buffer: row-paired activations of (at least) its sites.
         annotations: what is known about the images that were harvested, as `annotations_of(source)` gives it; then
             every latent is compared with every value (see `FactorScores`), which keeps its fires in memory.
+        split: the rows that are measured; choices are made on "validation", so that "holdout" is read once.
         config: thresholds as read from a config file; single ones by name as `settings`.
         progress: called with (rows done, rows in all).
 
     Raises:
-        BufferIntegrityError: when the buffer lacks a site or has no held-out rows.
+        BufferIntegrityError: when the buffer lacks a site or has no rows of the split.
         SiteError: when `sites` names something the USAE does not have.
         UsageError: when the annotations are those of other images.
     """
     (config,) = settled((config or ProbesConfig(),), settings)
     class_sites = one_site_per_model(usae.sites, config.sites)
-    _check(usae, buffer)
-    n_eval, n_train = buffer.n_rows("holdout"), min(buffer.n_rows("train"), config.train_rows)
+    _check(usae, buffer, split)
+    n_eval, n_train = buffer.n_rows(split), min(buffer.n_rows("train"), config.train_rows)
     done = RowProgress(progress, n_eval + n_train)
     held_out, training = ReconstructionSums(usae), ReconstructionSums(usae)
     draw = None if _one_row_per_image(usae, buffer) else np.random.default_rng(config.seed)
     counts = FiringCounts(usae.sites, usae.n_latents, config.tau, draw)
     scores = FactorScores(class_sites, usae.n_latents, annotations)
-    for rows in _whole_images(buffer, "holdout", list(usae.sites)):
+    for rows in _whole_images(buffer, split, list(usae.sites)):
         codes = held_out.add(rows.values)
         counts.add(codes, rows.image_index)
         if annotations:
@@ -68,7 +71,7 @@ def evaluate(
     for rows in _some_rows(buffer, "train", n_train, list(usae.sites)):
         training.add(rows.values)
         done.add(rows.n)
-    return _report(usae, config, class_sites, held_out, training, counts, scores)
+    return replace(_report(usae, config, class_sites, held_out, training, counts, scores), measured_on=split)
 
 
 def one_site_per_model(sites: Sequence[str], asked: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -130,12 +133,13 @@ def check_sites(usae: USAE, buffer: ActivationBuffer, sites: Sequence[str]) -> N
             )
 
 
-def _check(usae: USAE, buffer: ActivationBuffer) -> None:
+def _check(usae: USAE, buffer: ActivationBuffer, split: SplitName) -> None:
     check_sites(usae, buffer, usae.sites)
-    if buffer.n_rows("holdout") < 2:
+    if (n := buffer.n_rows(split)) < 2:
+        kind = "held-out" if split == "holdout" else split
         raise BufferIntegrityError(
-            f"the buffer has {buffer.n_rows('holdout')} held-out rows, evaluation needs at least 2",
-            hint="set images.holdout above 0 and harvest again",
+            f"the buffer has {n} {kind} rows, evaluation needs at least 2",
+            hint=f"set images.{split} above 0 and harvest again" if split != "train" else "harvest more images",
         )
 
 

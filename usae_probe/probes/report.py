@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..split import SplitName
 from ..usae import Matrix
 from .records import LatentRecord, PairRecord, finite
 from .universality import CATEGORIES, Category
@@ -36,6 +37,7 @@ class UniversalityReport:
         factors: names of what is known about the images (their annotations); empty when nothing is.
         n_values: values of those factors that latents were compared with.
         auroc: AUROC in every class site from which on a latent counts as following a value.
+        measured_on: the rows that are called held-out above: "holdout", or "validation" where a choice is being made.
     """
 
     sites: tuple[str, ...]
@@ -51,6 +53,7 @@ class UniversalityReport:
     factors: tuple[str, ...] = ()
     n_values: int = 0
     auroc: float = 0.9
+    measured_on: SplitName = "holdout"
 
     @property
     def universal(self) -> list[LatentRecord]:
@@ -94,6 +97,7 @@ class UniversalityReport:
             "n_latents": len(self.latents),
             "n_rows_train": self.n_rows_train,
             "n_rows_eval": self.n_rows_eval,
+            "measured_on": self.measured_on,
             "entropy_histogram": _entropy_histogram(self.latents),
             "top_latents": [record.to_dict(self.class_sites) for record in top],
             "factors": factors if self.factors else None,
@@ -114,7 +118,8 @@ class UniversalityReport:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.counts[name]} {name}" for name in CATEGORIES)
-        return f"UniversalityReport({len(self.latents)} latents: {counts}; {self.n_rows_eval} held-out rows)"
+        kind = "held-out" if self.measured_on == "holdout" else self.measured_on
+        return f"UniversalityReport({len(self.latents)} latents: {counts}; {self.n_rows_eval} {kind} rows)"
 
     def _by_energy(self, category: Category) -> list[LatentRecord]:
         found = [record for record in self.latents if record.category == category]

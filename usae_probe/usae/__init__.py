@@ -1,10 +1,16 @@
 """The Universal Sparse Autoencoder: kernels, model, losses, training, checkpoints."""
 
+from .bottleneck import warn_without_bottleneck
 from .history import HistoryFile, read_history
+from .independent import encoder_updates, train_independent
 from .kernels import Codes, Support, choose_kernel, select_topk
-from .model import USAE, warn_without_bottleneck
+from .model import USAE
 from .reconstruction import Matrix, ReconstructionSums
-from .train import StepRecord, TrainResult, train, train_steps, usae_for
+from .records import StepRecord, TrainResult
+from .start import usae_for
+from .tensorboard import TensorBoardCallback, check_tensorboard
+from .train import train, train_steps
+from .world import World
 
 __all__ = [
     "USAE",
@@ -14,11 +20,16 @@ __all__ = [
     "ReconstructionSums",
     "StepRecord",
     "Support",
+    "TensorBoardCallback",
     "TrainResult",
+    "World",
+    "check_tensorboard",
     "choose_kernel",
+    "encoder_updates",
     "read_history",
     "select_topk",
     "train",
+    "train_independent",
     "train_steps",
     "usae_for",
     "warn_without_bottleneck",

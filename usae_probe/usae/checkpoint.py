@@ -1,6 +1,7 @@
 """USAE checkpoints: safetensors, with the site order and all settings in the JSON beside; nothing is unpickled.
 
-Tensors are `W_enc.0`, `b_enc.0`, `W_dec.0`, `b_dec.0`, `mean.0`, `scale.0`, `W_enc.1`, … in the order of `sites`.
+Tensors are `W_enc.0`, `b_enc.0`, `W_dec.0`, `b_dec.0`, `mean.0`, `scale.0`, `W_enc.1`, … in the order of `sites`, and
+`sparsity.theta` and the like where the sparsity has learnt something.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files import json_text, replacing, sha256
 from .model import USAE
 
@@ -39,6 +40,8 @@ def save_usae(usae: USAE, path: Path) -> None:
         parts = {"W_enc": usae.W_enc[index], "b_enc": usae.b_enc[index], "W_dec": usae.W_dec[:, columns]}
         parts |= {"b_dec": usae.b_dec[columns], "mean": usae.mean[columns], "scale": usae.scale[index : index + 1]}
         tensors |= {f"{key}.{index}": value.detach().cpu().contiguous().clone() for key, value in parts.items()}
+    learnt = usae.sparsity.state_dict()
+    tensors |= {f"sparsity.{name}": value.cpu().contiguous().clone() for name, value in learnt.items()}
     with replacing(path) as weights, replacing(beside) as about:
         save_file(tensors, weights)
         content: dict[str, Any] = {
@@ -47,9 +50,11 @@ def save_usae(usae: USAE, path: Path) -> None:
             "d_in": usae.d_in,
             "n_latents": usae.n_latents,
             "k": usae.k,
-            "sparsity": "topk",
+            "sparsity": usae.sparsity.name,
             "sha256": sha256(weights),
         }
+        content |= {"sparsity_settings": usae.sparsity.settings} if usae.sparsity.settings else {}
+        content |= {"matryoshka": list(usae.matryoshka)} if usae.matryoshka else {}
         content |= {"grid": list(usae.grid)} if usae.grid else {}
         about.write_text(json_text(content), encoding="utf-8")
 
@@ -70,10 +75,10 @@ def load_usae(cls: type[T], path: Path, **overrides: Any) -> T:
             f"'{path}' is not the file that '{path.with_suffix('.json').name}' describes (SHA-256 differs)",
             hint="copy both files together, or train again",
         )
-    d_in = {site: about["d_in"][site] for site in about["sites"]}  # `sites` has the order, whoever rewrote the JSON
-    grid = about.get("grid")
-    usae = cls(d_in, about["n_latents"], about["k"], grid=(grid[0], grid[1]) if grid else None, **overrides)
+    usae = _untrained(cls, about, path, overrides)
     with torch.no_grad():
+        for name, value in usae.sparsity.state_dict().items():
+            _fill(value, tensors, f"sparsity.{name}", path)
         for index, site in enumerate(usae.sites):
             columns = usae.columns[site]
             _fill(usae.W_enc[index], tensors, f"W_enc.{index}", path)
@@ -83,6 +88,21 @@ def load_usae(cls: type[T], path: Path, **overrides: Any) -> T:
             _fill(usae.mean[columns], tensors, f"mean.{index}", path)
             _fill(usae.scale[index : index + 1], tensors, f"scale.{index}", path)
     return usae
+
+
+def _untrained(cls: type[T], about: dict[str, Any], path: Path, overrides: dict[str, Any]) -> T:
+    d_in = {site: about["d_in"][site] for site in about["sites"]}  # `sites` has the order, whoever rewrote the JSON
+    grid = about.get("grid")
+    made: dict[str, Any] = {
+        "grid": (grid[0], grid[1]) if grid else None,
+        "sparsity": about.get("sparsity", "topk"),
+        "sparsity_settings": about.get("sparsity_settings"),
+        "matryoshka": about.get("matryoshka", ()),
+    }
+    try:
+        return cls(d_in, about["n_latents"], about["k"], **(made | overrides))
+    except ConfigError as error:
+        raise CheckpointError(f"'{path.with_suffix('.json')}' describes no USAE: {error}", hint=error.hint) from error
 
 
 def _read_about(path: Path) -> dict[str, Any]:

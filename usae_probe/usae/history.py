@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from ..files import write_text
-from .train import StepRecord
+from .records import StepRecord
 
 
 class HistoryFile:

@@ -1,7 +1,8 @@
-"""Losses: normalised MSE to every site, and the auxiliary loss on dead latents."""
+"""Losses: reconstruction of every site from a code, the auxiliary loss on dead latents, and what a step minimises."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,9 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..shapes import RowMatrix
+from .contrastive import contrastive_loss
+from .draws import Perturbation, check_weighted_sites, draw_partner
 from .kernels import Support, select_topk
 from .kernels.base import Entries
 from .model import USAE
+from .nested import decode_nested
+from .world import World, current
 
 Phase = Literal["align", "main"]
 
@@ -21,29 +27,114 @@ class StepLoss(NamedTuple):
 
     Attributes:
         total: what is minimised.
-        per_site: normalised MSE of each target, [m], detached.
+        per_site: error of each target (normalised MSE, or mean absolute error), unweighted, [m], detached.
         aux: the auxiliary term before weighting, detached; 0 when no latent is dead.
         fired: latents with z > 0 in this step, [n] bool.
+        l0: active latents (z > 0) of a row, in the mean.
+        penalty: what the sparsity added to the total, detached; 0 for most.
+        contrastive: the contrastive term before weighting, detached; none where it is switched off.
     """
 
     total: Tensor
     per_site: Float[Tensor, " m"]
     aux: Tensor
     fired: Bool[Tensor, " n"]
+    l0: Float[Tensor, ""]
+    penalty: Tensor
+    contrastive: Tensor | None = None
+
+    def of_all(self, world: World) -> StepLoss:
+        """Return the terms of the whole batch, detached, from each process's terms of its share."""
+        given = {name: getattr(self, name).detach().reshape(-1) for name in _MEANS if getattr(self, name) is not None}
+        means = torch.split(world.mean(torch.cat(list(given.values()))), [len(term) for term in given.values()])
+        terms = {name: mean.reshape(getattr(self, name).shape) for name, mean in zip(given, means, strict=True)}
+        return self._replace(fired=world.any(self.fired), **terms)
+
+
+_MEANS = ("total", "per_site", "aux", "l0", "penalty", "contrastive")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a step's reconstructions are made and compared with their targets.
+
+    Attributes:
+        loss: `mse` or `l1`.
+        weights: weight of each target, [m]; none for 1 each.
+        own_only: gradients of the source's own encoder, decoder columns and biases alone (the published code).
+        perturb: noise and dropout of the step; none for neither.
+    """
+
+    loss: Literal["mse", "l1"] = "mse"
+    weights: Float[Tensor, " m"] | None = None
+    own_only: bool = False
+    perturb: Perturbation | None = None
+
+    def errors(self, usae: USAE, error: Float[Tensor, "b D"]) -> Float[Tensor, " m"]:
+        """Return the error of each target."""
+        return site_mse(usae, error) if self.loss == "mse" else site_mae(usae, error)
+
+    def summed(self, per_site: Float[Tensor, " m"]) -> Tensor:
+        """Return Σ_j w_j · error_j."""
+        return per_site.sum() if self.weights is None else (self.weights * per_site).sum()
+
+    def rows(self, x: RowMatrix) -> RowMatrix:
+        """Return what the encoder is given in place of x̃; the target stays x̃."""
+        return self.perturb.rows(x) if self.perturb else x
+
+    def values(self, z: Entries) -> Entries:
+        """Return what the decoders are given in place of z."""
+        return self.perturb.values(z) if self.perturb else z
+
+    def learning(self, usae: USAE, whole: Tensor, source: str) -> Tensor:
+        """Return W_dec or b_dec of all sites; under `own_only` only the source's columns of it get a gradient."""
+        if not self.own_only:
+            return whole
+        own = torch.zeros(whole.shape[-1], dtype=torch.bool, device=whole.device)
+        own[usae.columns[source]] = True
+        return torch.where(own, whole, whole.detach())
+
+    def decode(self, usae: USAE, values: Entries, support: Support, source: str) -> Float[Tensor, "b D"]:
+        """Decode a code to every site, without b_dec."""
+        return usae.kernel.decode(values, support, self.learning(usae, usae.W_dec, source))
+
+    def decode_nested(self, usae: USAE, values: Entries, support: Support, source: str) -> Float[Tensor, "g b D"]:
+        """Decode like `decode`, by each of the nested dictionaries, the full one last."""
+        return decode_nested(usae.kernel, values, support, self.learning(usae, usae.W_dec, source), usae.matryoshka)
+
+
+PLAIN = Terms()
 
 
 def site_mse(usae: USAE, error: Float[Tensor, "b D"]) -> Float[Tensor, " m"]:
     """Return Σ error² / (b · d_in) per site: 1 for predicting the mean, because E‖x̃‖² = d_in."""
-    return torch.stack([error[:, usae.columns[site]].square().mean() for site in usae.sites])
+    return torch.stack([part.square().mean() for part in _by_site(usae, error)])
+
+
+def site_mae(usae: USAE, error: Float[Tensor, "b D"]) -> Float[Tensor, " m"]:
+    """Return Σ |error| / (b · d_in) per site, in units of the site's scale: √(2/π) for the mean of Gaussian rows."""
+    return torch.stack([part.abs().mean() for part in _by_site(usae, error)])
+
+
+def _by_site(usae: USAE, x: Float[Tensor, "b D"]) -> tuple[Tensor, ...]:
+    """Split columns by site; one split and not a slice each, whose gradients would each be as large as x."""
+    return torch.split(x, list(usae.d_in.values()), dim=1)
 
 
 def source_loss(
-    usae: USAE, x: Float[Tensor, "b D"], source: str, *, dead: Bool[Tensor, " n"], aux_k: int, aux_coef: float
+    usae: USAE,
+    x: Float[Tensor, "b D"],
+    source: str,
+    *,
+    dead: Bool[Tensor, " n"],
+    aux_k: int,
+    aux_coef: float,
+    terms: Terms = PLAIN,
 ) -> StepLoss:
-    """Encode one site, decode to all: Σ_j ‖x̃_j − x̂_j‖² / (b · d_j), plus aux-k on the dead latents.
+    """Encode one site, decode to all: Σ_j w_j ‖x̃_j − x̂_j‖² / (b · d_j), plus aux-k on the dead latents.
 
     aux-k (arXiv 2406.04093, A.2): the aux_k dead latents with the largest z_pre model the detached residual
-    e = x̃ − x̂ of every site; their error is divided by the residual's own.
+    e = x̃ − x̂ of every site; their squared error is divided by the residual's own, whatever `terms.loss` is.
 
     Args:
         usae: the model.
@@ -52,41 +143,44 @@ def source_loss(
         dead: latents that count as dead.
         aux_k: how many of them are used.
         aux_coef: weight of the term.
+        terms: error, weights of the targets, whose parameters learn, noise.
     """
-    rows = x[:, usae.columns[source]]
+    rows = terms.rows(x[:, usae.columns[source]])
     coded = usae.code(rows, source)
-    error = x - usae.decode_all(coded.values, coded.support)
-    per_site = site_mse(usae, error)
+    x_hat = terms.decode_nested(usae, terms.values(coded.values), coded.support, source)
+    errors = x - (x_hat + terms.learning(usae, usae.b_dec, source))
+    per_site = terms.errors(usae, errors.flatten(0, 1))  # also the mean over nested dictionaries: b rows by each
     aux = per_site.new_zeros(())
     n_dead = min(aux_k, int(dead.sum()))
     if n_dead and aux_coef:
         among = coded.z_pre.detach().masked_fill(~dead, -torch.inf)
         spare = Support.of(select_topk(among, n_dead), usae.n_latents)
         values = usae.code_at(rows, source, coded.z_pre, spare)
-        guess = usae.kernel.decode(values, spare, usae.W_dec)
-        residual = error.detach()
-        aux = (site_mse(usae, residual - guess) / site_mse(usae, residual).clamp_min(1e-12)).sum()
-    total = per_site.sum() + aux_coef * aux
-    return StepLoss(total, per_site.detach(), aux.detach(), fired_latents(coded.values, coded.support))
+        guess = terms.decode(usae, values, spare, source)
+        residual = errors[-1].detach()
+        of_residual = current().mean(site_mse(usae, residual)).clamp_min(1e-12)
+        aux = (site_mse(usae, residual - guess) / of_residual).sum()
+    total = terms.summed(per_site) + aux_coef * aux + coded.penalty
+    fired, l0 = fired_latents(coded.values, coded.support), active_latents(coded.values, coded.support)
+    return StepLoss(total, per_site.detach(), aux.detach(), fired, l0, coded.penalty.detach())
 
 
-def alignment_loss(usae: USAE, x: Float[Tensor, "b D"]) -> StepLoss:
-    """Give all sites one support, the top k of Σ_i z_pre,i; each keeps its own values there and decodes to all.
+def alignment_loss(usae: USAE, x: Float[Tensor, "b D"], terms: Terms = PLAIN) -> StepLoss:
+    """Give all sites one support by Σ_i z_pre,i (its top k); each keeps its own values there and decodes to all.
 
-    The mean over sources of Σ_j ‖x̃_j − x̂_j‖² / (b · d_j). Without this phase latents split: two latents of one model
-    each, with the same decoder rows, take the place of one shared latent.
+    The mean over sources of Σ_j w_j ‖x̃_j − x̂_j‖² / (b · d_j). Without this phase latents split: two latents of one
+    model each, with the same decoder rows, take the place of one shared latent. Every encoder and decoder learns.
     """
-    rows = {site: x[:, usae.columns[site]] for site in usae.sites}
-    z_pre = {site: usae.z_pre(rows[site], site) for site in usae.sites}
-    summed = torch.stack([pre.detach() for pre in z_pre.values()]).sum(0)
-    support = Support.of(select_topk(summed, usae.k), usae.n_latents)
+    rows = {site: terms.rows(x[:, usae.columns[site]]) for site in usae.sites}
     per_site, fired = [], torch.zeros(usae.n_latents, dtype=torch.bool, device=x.device)
-    for site in usae.sites:
-        values = usae.code_at(rows[site], site, z_pre[site], support)
-        per_site.append(site_mse(usae, x - usae.decode_all(values, support)))
-        fired |= fired_latents(values, support)
-    mean = torch.stack(per_site).mean(0)
-    return StepLoss(mean.sum(), mean.detach(), mean.new_zeros(()), fired)
+    codes = list(usae.code_shared(rows).values())
+    for coded in codes:
+        x_hat = decode_nested(usae.kernel, terms.values(coded.values), coded.support, usae.W_dec, usae.matryoshka)
+        per_site.append(terms.errors(usae, (x - (x_hat + usae.b_dec)).flatten(0, 1)))
+        fired |= fired_latents(coded.values, coded.support)
+    mean, penalty = torch.stack(per_site).mean(0), torch.stack([coded.penalty for coded in codes]).mean()
+    l0 = torch.stack([active_latents(coded.values, coded.support) for coded in codes]).mean()
+    return StepLoss(terms.summed(mean) + penalty, mean.detach(), mean.new_zeros(()), fired, l0, penalty.detach())
 
 
 def fired_latents(values: Entries, support: Support) -> Bool[Tensor, " n"]:
@@ -96,19 +190,36 @@ def fired_latents(values: Entries, support: Support) -> Bool[Tensor, " n"]:
     return fired
 
 
+def active_latents(values: Entries, support: Support) -> Float[Tensor, ""]:
+    """Return L0: the positive values of a row, in the mean over the rows."""
+    return (values.detach() > 0).sum() / values.new_tensor(float(max(1, support.n_rows)))
+
+
 class Objective(nn.Module):
     """What one step minimises, as a module: so that torch's wrappers (DistributedDataParallel) can go around it.
 
     Args:
         usae: the model that is trained.
         how: the objective's settings.
+
+    Raises:
+        ConfigError: when `source` or `site_weights` names a site that the model has not.
     """
+
+    target_weights: Tensor | None
 
     def __init__(self, usae: USAE, how: TrainConfig) -> None:
         super().__init__()
+        check_weighted_sites(usae.sites, how)
         self.usae, self.how = usae, how
+        weights = None
+        if how.site_weights is not None and len(usae.sites) > 1:
+            weights = usae.W_dec.new_tensor([how.site_weights.get(site, 1.0) for site in usae.sites])
+        self.register_buffer("target_weights", weights, persistent=False)
 
-    def forward(self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"]) -> StepLoss:
+    def forward(
+        self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"], step: int = 0
+    ) -> StepLoss:
         """Return the loss of one batch.
 
         Args:
@@ -116,16 +227,54 @@ class Objective(nn.Module):
             phase: `align` gives all sites one support; `main` decodes each source's own code.
             source: the site that is encoded in the main phase, or `all`.
             dead: latents that count as dead.
+            step: number of the step: noise, dropout and the contrastive term's second site depend on it and the seed.
         """
+        terms = self._terms(step)
+        loss = self._reconstruction(x, phase, source, dead, terms)
+        if not self.how.contrastive_coef or len(self.usae.sites) == 1:
+            return loss
+        term = self._contrastive(x, "all" if phase == "align" else source, step, terms)
+        return loss._replace(total=loss.total + self.how.contrastive_coef * term, contrastive=term.detach())
+
+    def updated(self, phase: Phase, source: str) -> tuple[str, ...] | None:
+        """Return the sites whose encoder, decoder columns and biases a step changes; none for all of them."""
+        one = self.how.update == "source" and phase == "main" and source != "all"
+        return (source,) if one else None
+
+    def settle(self) -> None:
+        """Put what was learnt into the USAE; it is there already."""
+
+    def _terms(self, step: int) -> Terms:
+        how, training = self.how, self.training
+        perturb = Perturbation(how, step) if training and (how.input_noise or how.latent_dropout) else None
+        return Terms(how.loss, self.target_weights, how.update == "source", perturb)
+
+    def _reconstruction(
+        self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"], terms: Terms
+    ) -> StepLoss:
         usae, how = self.usae, self.how
         if phase == "align":
-            return alignment_loss(usae, x)
+            return alignment_loss(usae, x, terms)
         sources = usae.sites if source == "all" else [source]
-        losses = [source_loss(usae, x, site, dead=dead, aux_k=how.aux_k, aux_coef=how.aux_coef) for site in sources]
+        losses = [
+            source_loss(usae, x, site, dead=dead, aux_k=how.aux_k, aux_coef=how.aux_coef, terms=terms)
+            for site in sources
+        ]
         share = 1.0 / len(losses)
         return StepLoss(
             total=share * torch.stack([loss.total for loss in losses]).sum(),
             per_site=share * torch.stack([loss.per_site for loss in losses]).sum(0),
             aux=share * torch.stack([loss.aux for loss in losses]).sum(),
             fired=torch.stack([loss.fired for loss in losses]).any(0),
+            l0=share * torch.stack([loss.l0 for loss in losses]).sum(),
+            penalty=share * torch.stack([loss.penalty for loss in losses]).sum(),
         )
+
+    def _contrastive(self, x: Float[Tensor, "b D"], source: str, step: int, terms: Terms) -> Tensor:
+        """InfoNCE between all pairs of sites, or between the source and one other site drawn by seed and step."""
+        usae, how = self.usae, self.how
+        if source == "all":
+            return contrastive_loss(usae, x, usae.sites, how.contrastive_temperature, noisy=terms.rows)
+        pair = (source, draw_partner(usae.sites, source, how, step))
+        fixed = pair[1:] if terms.own_only else ()
+        return contrastive_loss(usae, x, pair, how.contrastive_temperature, noisy=terms.rows, fixed=fixed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError, SiteError, UsaeProbeWarning, UsageError, nearest
+from ..errors import SiteError, UsageError, nearest
 from ..shapes import Decoder, RowMatrix
+from .bottleneck import check_shape
 from .kernels import Codes, Kernel, PreActivations, SiteEncoder, Support, choose_kernel, to_dense
 from .kernels.base import Entries
-from .sparsity import TopK
+from .sparsity import make_sparsity
 
 
 class Coded(NamedTuple):
@@ -26,36 +26,43 @@ class Coded(NamedTuple):
         values: z at the support, with its graph.
         support: which latents are active in which row.
         z_pre: [b, n]; only the reference kernel's has a graph.
+        penalty: what the sparsity adds to the loss for this code; 0 outside training.
     """
 
     values: Entries
     support: Support
     z_pre: PreActivations
+    penalty: Float[Tensor, ""]
 
 
 class USAE(nn.Module):
-    """A Universal Sparse Autoencoder (arXiv 2502.03714) with TopK codes (arXiv 2406.04093).
+    """A Universal Sparse Autoencoder (arXiv 2502.03714), by default with TopK codes (arXiv 2406.04093).
 
     For site i with rows x, mean μ_i and scale s_i of the training rows, x̃ = (x − μ_i) / s_i and
 
         z_pre = (x̃ − b_dec,i) W_enc,iᵀ + b_enc,i
-        z     = relu(z_pre) on its k largest entries, 0 elsewhere
+        z     = sparsity(z_pre); topk: relu(z_pre) on its k largest entries, 0 elsewhere
         x̂_j   = μ_j + s_j (z W_dec,j + b_dec,j)        for every site j.
 
     For every latent the concatenated decoder row over all M sites has norm √M. One site makes an ordinary
-    (independent) sparse autoencoder.
+    (independent) sparse autoencoder. It is made in evaluation mode; `train()` is for the steps of training.
 
     Args:
         d_in: {site: dimensions}, in the order of the sites.
         n_latents: latents of the shared code.
         k: active latents per row; well under the smallest d_in, or there is no bottleneck (warns).
         normalisation: {site: (mean [d_in], scale)} of the training rows; default 0 and 1.
-        kernel: `auto`, `reference` or `csr`.
+        kernel: `auto`, `reference`, `csr` or `triton`.
+        precision: `fp32`, or `bf16` for the factors of the encoder product (sparse kernels only).
         seed: seed of the tied initialisation.
         grid: (rows, columns) of the places that rows of `@patch` sites stand for, after resampling.
+        sparsity: how z_pre becomes z: `topk`, `batchtopk`, `jumprelu`, `l1`, `soft-topk` or `global-topk`.
+        sparsity_settings: values of the `[train]` keys that the sparsity uses; default: the config's defaults.
+        matryoshka: sizes of nested dictionaries, the last n_latents: training has the first 256, 512, … latents
+            reconstruct by themselves too (arXiv 2503.17547), and `truncated` takes one of them.
 
     Raises:
-        ConfigError: when k > n_latents, or there is no site.
+        ConfigError: when k > n_latents, there is no site, or the sparsity cannot be had like this.
 
     Example:
         >>> usae = USAE({"a/x": 8, "b/y": 6}, n_latents=16, k=2)
@@ -75,17 +82,23 @@ class USAE(nn.Module):
         *,
         normalisation: Mapping[str, tuple[Tensor, float]] | None = None,
         kernel: str = "auto",
+        precision: str = "fp32",
         seed: int = 0,
         grid: tuple[int, int] | None = None,
+        sparsity: str = "topk",
+        sparsity_settings: Mapping[str, float] | None = None,
+        matryoshka: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        _check(d_in, n_latents, k)
+        check_shape(d_in, n_latents, k, sparsity, matryoshka)
         self.grid = grid
         self.d_in = dict(d_in)
         self.sites = tuple(d_in)
         self.n_latents, self.k = n_latents, k
-        self.kernel_name = kernel
-        self.sparsity = TopK(k)
+        self.kernel_name, self.precision = kernel, precision
+        self._kernel: tuple[tuple[object, ...], Kernel] | None = None
+        self.sparsity = make_sparsity(sparsity, k, n_latents, len(d_in), sparsity_settings)
+        self.matryoshka = tuple(matryoshka)
         starts = torch.tensor([0, *d_in.values()]).cumsum(0).tolist()
         self.columns = {site: slice(a, b) for site, a, b in zip(self.sites, starts, starts[1:], strict=False)}
         total, generator = starts[-1], torch.Generator().manual_seed(seed)
@@ -103,11 +116,15 @@ class USAE(nn.Module):
             self._check_width(mean.shape, site, "a mean")
             self.mean[self.columns[site]] = mean.to(self.mean)
             self.scale[index] = scale
+        self.eval()
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel in use on the present device."""
-        return choose_kernel(self.kernel_name, self.W_dec.device, self.W_dec.dtype)
+        """The kernel in use on the present device; its `name` and `reason` say which it is and why."""
+        wanted = (self.kernel_name, self.W_dec.device, self.W_dec.dtype, self.precision)
+        if self._kernel is None or self._kernel[0] != wanted:
+            self._kernel = (wanted, choose_kernel(*wanted))
+        return self._kernel[1]
 
     def site_index(self, site: str) -> int:
         """Return a site's position.
@@ -184,14 +201,32 @@ class USAE(nn.Module):
 
     def code(self, x_normalised: RowMatrix, site: str) -> Coded:
         """Encode normalised rows, for training and measuring: values with their graph, and their support."""
+        index = self.site_index(site)
         z_pre = self.z_pre(x_normalised, site)
-        support = self.sparsity.select(z_pre.detach(), self.site_index(site))
-        return Coded(self.code_at(x_normalised, site, z_pre, support), support, z_pre)
+        support = self.sparsity.select(z_pre.detach(), index)
+        at = self.kernel.at(z_pre, support, x_normalised, self.encoder(site))
+        values = self.sparsity.activate(at, support, index)
+        return Coded(values, support, z_pre, self._penalty(at, values, support, index))
+
+    def code_shared(self, x_normalised: Mapping[str, RowMatrix]) -> dict[str, Coded]:
+        """Encode paired normalised rows of all sites with one support, chosen by Σ_i z_pre,i; see the sparsity.
+
+        Every site has its own values there.
+        """
+        z_pre = {site: self.z_pre(x_normalised[site], site) for site in self.sites}
+        summed = torch.zeros_like(z_pre[self.sites[0]])
+        for pre in z_pre.values():
+            summed += pre.detach()
+        support = self.sparsity.select_shared(summed)
+        at = torch.stack([self.kernel.at(z_pre[s], support, x_normalised[s], self.encoder(s)) for s in self.sites])
+        codes = {}
+        for i, (site, values) in enumerate(zip(self.sites, self.sparsity.activate_shared(at, support), strict=True)):
+            codes[site] = Coded(values, support, z_pre[site], self._penalty(at[i], values, support, i))
+        return codes
 
     def code_at(self, x_normalised: RowMatrix, site: str, z_pre: PreActivations, support: Support) -> Entries:
-        """Return the site's own values at a given support, row by row."""
-        at = self.kernel.at(z_pre, support, x_normalised, self.encoder(site))
-        return self.sparsity.activate(at, support, self.site_index(site))
+        """Return relu(z_pre) at a support that somebody else chose, whatever the sparsity."""
+        return torch.relu(self.kernel.at(z_pre, support, x_normalised, self.encoder(site)))
 
     def encode(self, x: RowMatrix, site: str) -> Codes:
         """Encode rows in the model's own units.
@@ -201,7 +236,8 @@ class USAE(nn.Module):
             site: the site the rows come from.
 
         Returns:
-            values and indices, [b, k] each.
+            values and indices, [b, k] each; where rows have different numbers of active latents, as wide as the longest
+            row, and padded with values of 0.
 
         Raises:
             SiteError: for an unknown site, or rows of another width than the site's.
@@ -212,6 +248,23 @@ class USAE(nn.Module):
     def decode_all(self, values: Entries, support: Support) -> RowMatrix:
         """Decode one code to every site at once, normalised: [b, Σ d_in], columns in the order of the sites."""
         return self.kernel.decode(values, support, self.W_dec) + self.b_dec
+
+    def truncated(self, n_latents: int, k: int | None = None) -> USAE:
+        """Return the smaller USAE of the first `n_latents` latents: a copy of one of the nested dictionaries.
+
+        `batchtopk` keeps its thresholds, so that its codes are those of the whole USAE without the other latents. With
+        `topk` the k largest of the remaining latents are active.
+
+        Args:
+            n_latents: one of the sizes of `matryoshka`.
+            k: active latents per row; default: as before, at most n_latents.
+
+        Raises:
+            ConfigError: for another size, or a k that does not fit.
+        """
+        from .truncation import truncated
+
+        return truncated(self, n_latents, k)
 
     def decode(self, codes: Codes, site: str) -> RowMatrix:
         """Decode a code (from any site) to rows of `site`, in the model's own units.
@@ -275,29 +328,14 @@ class USAE(nn.Module):
         sites = ", ".join(f"{site} [{d}]" for site, d in self.d_in.items())
         return f"USAE(n_latents={self.n_latents}, k={self.k}, sites: {sites})"
 
+    def _penalty(self, at: Entries, values: Entries, support: Support, index: int) -> Tensor:
+        if not self.training:
+            return values.new_zeros(())
+        return self.sparsity.penalty(at, values, support, index, self.W_dec)
+
     def _check_width(self, shape: torch.Size, site: str, what: str) -> None:
         if shape[-1] != self.d_in[site]:  # a width of 1 would broadcast and go unnoticed
             raise SiteError(
                 f"site '{site}' has d_in = {self.d_in[site]}, given {what} of shape {list(shape)}",
                 hint="is it the activation of another layer?",
             )
-
-
-def _check(d_in: Mapping[str, int], n_latents: int, k: int) -> None:
-    if not d_in:
-        raise ConfigError("a USAE needs at least one site", hint="give d_in = {'model/layer': dimensions}")
-    if not 1 <= k <= n_latents:
-        raise ConfigError(f"k = {k} is not between 1 and n_latents = {n_latents}", hint="choose k well under n_latents")
-    warn_without_bottleneck(d_in, k)
-
-
-def warn_without_bottleneck(d_in: Mapping[str, int], k: int) -> None:
-    """Warn when k active latents are no fewer than the dimensions of the narrowest site."""
-    narrow = min(d_in, key=lambda site: d_in[site])
-    if k >= d_in[narrow]:
-        warnings.warn(
-            f"k = {k} active latents for rows of d_in = {d_in[narrow]} ('{narrow}') is no bottleneck: any dictionary "
-            "can reconstruct them; choose k well under the smallest d_in",
-            UsaeProbeWarning,
-            stacklevel=3,
-        )

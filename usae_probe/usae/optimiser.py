@@ -2,36 +2,265 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
 
 from .model import USAE
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""Numbers of the decoder that are worked on at once: no large temporaries, and caches help.
+
+Smaller pieces are faster on one free core, and much slower where threads share the cores with other processes: they
+wait for each other at the end of each operation.
+"""
+_OF_SITE = re.compile(r"\.(\d+)(\.|$)")  # an entry of a list with one per site: W_enc.0
 
 
 class ConstrainedAdam:
     """Adam on all parameters of a USAE, with the gradient's norm bounded and the decoder's rows kept at norm √M.
 
-    A step projects the decoder's gradient (what would only change a row's norm is taken out), scales all gradients so
-    that their norm is at most `grad_clip`, does Adam's update, and renormalises the decoder's rows.
+    A step takes out of the decoder's gradient what would only change a row's norm, scales all gradients so that their
+    norm is at most `grad_clip`, does Adam's update and renormalises the decoder's rows:
+
+        g_k ← g_k − (g_k · w_k) w_k / M,   c = min(1, grad_clip / ‖g‖),   Adam(c g),   w_k ← √M w_k / ‖w_k‖,
+
+    in two passes over the decoder: the projected norm is had from ‖g_k‖² − (g_k · w_k)² / M before anything is
+    projected, and the rest is done piece by piece. Parameters without a gradient stay as they are, their moments and
+    step counts too. Adam as in torch.optim (arXiv 1412.6980), weight decay decoupled from it (arXiv 1711.05101).
 
     Args:
         usae: the model; moved to its device before.
         grad_clip: bound of the norm of all gradients together.
+        weight_decay: W_enc ← (1 − lr · weight_decay) W_enc before each update of it.
     """
 
-    def __init__(self, usae: USAE, grad_clip: float) -> None:
-        self.usae, self.grad_clip = usae, grad_clip
-        self.adam = torch.optim.Adam(usae.parameters(), lr=0.0, fused=True)
+    def __init__(self, usae: USAE, grad_clip: float, *, weight_decay: float = 0.0) -> None:
+        self.usae, self.grad_clip, self.weight_decay = usae, grad_clip, weight_decay
+        self._slots: dict[str, _Slot] = {}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.adam.zero_grad(set_to_none=True)
+        self.usae.zero_grad(set_to_none=True)
 
-    def step(self, lr: float) -> float:
-        """Update the parameters from their gradients; returns the gradients' norm before it is bounded."""
-        self.usae.project_decoder_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.usae.parameters(), self.grad_clip)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        self.usae.renormalise_decoder()
-        return float(norm)
+    @torch.no_grad()
+    def step(self, lr: float, sites: Sequence[str] | None = None) -> Float[Tensor, ""]:
+        """Update the parameters from their gradients; with a gradient that is not finite none of them changes.
+
+        Args:
+            lr: learning rate.
+            sites: those whose encoder, decoder columns and decoder bias are updated; all others, their moments and step
+                counts too, stay as they are. Each site's part of a decoder row then keeps a norm of its own. Default:
+                all sites, under the norm of the whole row.
+
+        Returns:
+            the gradients' norm before it is bounded.
+        """
+        usae = self.usae
+        chosen = range(len(usae.sites)) if sites is None else [usae.site_index(site) for site in sites]
+        slots = {name: self._slot(name) for name, p in usae.named_parameters() if _learns(name, p, chosen)}
+        decoder = slots.pop("W_dec", None)
+        rows = [] if decoder is None else self._rows(decoder.whole(), sites)
+        pieces = {name: slot.pieces(chosen) for name, slot in slots.items()}
+        squares = [part.square() for part in rows]
+        squares += [torch.linalg.vector_norm(piece.grad).square() for some in pieces.values() for piece in some]
+        if not squares:
+            return usae.W_dec.new_zeros(())
+        norm = torch.stack(squares).sum().sqrt()
+        rule = _Rule(lr, norm, self.grad_clip)
+        if rule.in_vain:
+            return norm
+        for decays in (False, True):
+            some = [piece for name in pieces if self._decays(name) is decays for piece in pieces[name]]
+            rule.update(some, self.weight_decay if decays else 0.0)
+        if decoder is not None:
+            self._update_decoder(decoder.pieces(chosen), rows, rule)
+            decoder.advance(chosen)
+        for slot in slots.values():
+            slot.advance(chosen)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return moments and step counts, by name."""
+        found: dict[str, Tensor] = {}
+        for name, slot in self._slots.items():
+            found |= {f"m.{name}": slot.m, f"v.{name}": slot.v, f"steps.{name}": torch.tensor(slot.steps)}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave."""
+        for name, _ in self.usae.named_parameters():
+            if f"m.{name}" in tensors:
+                slot = self._slot(name)
+                slot.m.copy_(tensors[f"m.{name}"])
+                slot.v.copy_(tensors[f"v.{name}"])
+                slot.steps = tensors[f"steps.{name}"].tolist()
+
+    def _slot(self, name: str) -> _Slot:
+        if name not in self._slots:
+            sites = list(self.usae.columns.values()) if name in ("W_dec", "b_dec") else []
+            self._slots[name] = _Slot(self.usae.get_parameter(name), sites)
+        return self._slots[name]
+
+    def _decays(self, name: str) -> bool:
+        return self.weight_decay > 0 and name.startswith("W_enc.")
+
+    def _rows(self, w_dec: _Piece, sites: Sequence[str] | None) -> list[_Rows]:
+        if sites is None:
+            return [_Rows(w_dec, slice(None), math.sqrt(len(self.usae.sites)))]
+        return [_Rows(w_dec, self.usae.columns[site], None) for site in sites]
+
+    def _update_decoder(self, pieces: list[_Piece], rows: list[_Rows], rule: _Rule) -> None:
+        for chunk in chunks(self.usae.W_dec):
+            for part in rows:
+                part.project(chunk)
+            rule.update([piece.rows(chunk) for piece in pieces])
+            for part in rows:
+                part.renormalise(chunk)
+
+
+class _Piece(NamedTuple):
+    """A parameter, or some columns or rows of it, with its gradient, moments and the steps that it has seen."""
+
+    value: Tensor
+    grad: Tensor
+    m: Tensor
+    v: Tensor
+    steps: int
+
+    def rows(self, chunk: slice) -> _Piece:
+        """Return some rows of all four."""
+        return _Piece(self.value[chunk], self.grad[chunk], self.m[chunk], self.v[chunk], self.steps)
+
+    def columns(self, part: slice, steps: int) -> _Piece:
+        """Return some columns of all four, which have seen so many steps."""
+        return _Piece(self.value[..., part], self.grad[..., part], self.m[..., part], self.v[..., part], steps)
+
+    def adjacent(self) -> _Piece:
+        """Return all four in contiguous memory."""
+        four = (self.value, self.grad, self.m, self.v)
+        value, grad, m, v = (tensor.contiguous() for tensor in four)
+        return _Piece(value, grad, m, v, self.steps)
+
+
+class _Slot:
+    """Moments and step counts of one parameter; one count per site where each site has columns of its own."""
+
+    def __init__(self, parameter: Tensor, sites: Sequence[slice]) -> None:
+        self.parameter, self.sites = parameter, sites
+        self.m, self.v = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        self.steps = [0] * max(1, len(sites))
+
+    def whole(self) -> _Piece:
+        """Return the whole parameter."""
+        grad = self.parameter.grad
+        value = self.parameter.detach()
+        return _Piece(value, torch.zeros_like(value) if grad is None else grad, self.m, self.v, self.steps[0])
+
+    def pieces(self, chosen: Sequence[int]) -> list[_Piece]:
+        """Return the chosen sites' parts; all in one where they have seen the same steps."""
+        whole = self.whole()
+        if not self.sites or (len(chosen) == len(self.sites) and len(set(self.steps)) == 1):
+            return [whole]
+        return [whole.columns(self.sites[i], self.steps[i]) for i in chosen]
+
+    def advance(self, chosen: Sequence[int]) -> None:
+        """Count a step."""
+        for i in chosen if self.sites else (0,):
+            self.steps[i] += 1
+
+
+class _Rows:
+    """Some columns of the decoder, whose rows keep their norm: the given one, or that which they have."""
+
+    def __init__(self, piece: _Piece, columns: slice, norm: float | None) -> None:
+        self.w, self.g, self.norm = piece.value[:, columns], piece.grad[:, columns], norm
+        self.along = self.w.new_empty(len(self.w), 1)
+        self.norms = self.w.new_full((len(self.w), 1), norm or 0.0)
+
+    def square(self) -> Tensor:
+        """Find out how much of each gradient row points along its row; returns ‖g‖² of what is left."""
+        squares, scratch = [], None
+        for chunk in chunks(self.w):
+            g, w, along = self.g[chunk], self.w[chunk], self.along[chunk]
+            scratch = torch.empty_like(g) if scratch is None else scratch[: len(g)]
+            dots = torch.mul(g, w, out=scratch).sum(1, keepdim=True)
+            if self.norm is None:
+                torch.linalg.vector_norm(w, dim=1, keepdim=True, out=self.norms[chunk])
+            torch.div(dots, self.norms[chunk].square().clamp_min(1e-24), out=along)
+            squares.append(torch.linalg.vector_norm(g).square() - (dots * along).sum())
+        return torch.stack(squares).sum().clamp_min(0.0)
+
+    def project(self, chunk: slice) -> None:
+        """Take out of the gradient what points along the rows."""
+        self.g[chunk].addcmul_(self.along[chunk], self.w[chunk], value=-1.0)
+
+    def renormalise(self, chunk: slice) -> None:
+        """Give the rows their norm back."""
+        now = torch.linalg.vector_norm(self.w[chunk], dim=1, keepdim=True).clamp_min(1e-12)
+        self.w[chunk].mul_(self.norms[chunk] / now)
+
+
+class _Rule:
+    """Adam's update of one step, with gradients scaled so that their norm is at most `clip`.
+
+    On a CPU the norm can be looked at; on a GPU that would wait for all that was begun, so the update itself is told.
+    """
+
+    def __init__(self, lr: float, norm: Tensor, clip: float) -> None:
+        self.lr = lr
+        self._divisor: Tensor | None = ((norm + 1e-6) / clip).clamp_min(1.0).float()
+        self._vain: Tensor | None = (~torch.isfinite(norm)).float()
+        self.in_vain = False
+        if norm.device.type == "cpu":
+            self.in_vain, self._vain = bool(self._vain), None
+            self._divisor = self._divisor if self._divisor > 1.0 else None
+
+    def update(self, pieces: Sequence[_Piece], weight_decay: float = 0.0) -> None:
+        """Update values and moments; columns of a matrix in a copy, because the fused update wants them adjacent."""
+        given = [piece if piece.value.is_contiguous() else piece.adjacent() for piece in pieces]
+        if not given:
+            return
+        adam(
+            [piece.value for piece in given],
+            [piece.grad for piece in given],
+            [piece.m for piece in given],
+            [piece.v for piece in given],
+            [],
+            [piece.value.new_tensor(float(piece.steps), dtype=torch.float32) for piece in given],
+            fused=True,
+            grad_scale=self._divisor,
+            found_inf=self._vain,
+            decoupled_weight_decay=weight_decay > 0,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=self.lr,
+            weight_decay=weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
+        for piece, made in zip(pieces, given, strict=True):
+            if made is not piece:
+                for view, tensor in ((piece.value, made.value), (piece.m, made.m), (piece.v, made.v)):
+                    view.copy_(tensor)
+
+
+def chunks(matrix: Tensor) -> Iterator[slice]:
+    """Give rows of a matrix in pieces of about `CHUNK` numbers."""
+    size = max(1, CHUNK.get(matrix.device.type, CHUNK["cpu"]) // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), size):
+        yield slice(start, min(start + size, len(matrix)))
+
+
+def _learns(name: str, parameter: Tensor, chosen: Sequence[int]) -> bool:
+    """Say whether a parameter has a gradient and is one of the chosen sites', or of no site in particular."""
+    of_site = _OF_SITE.search(name)
+    return parameter.grad is not None and (of_site is None or int(of_site[1]) in chosen)

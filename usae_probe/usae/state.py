@@ -1,7 +1,8 @@
 """Training state on disk: all that a stopped training needs to go on as if it had not been stopped.
 
-Batches, sources and pairings depend on seed and step alone, so parameters, Adam's moments, the steps for which each
-latent has been silent and the step's number are the whole state.
+Batches, sources, pairings and noise depend on seed and step alone. So parameters and buffers, Adam's moments, the steps
+for which each latent has been silent, the averaged weights, the best ones, the counters of early stopping and the
+number of the step are the whole state. It is one file, so that no part can be from another step than the rest.
 """
 
 from __future__ import annotations
@@ -11,17 +12,37 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..files import replacing
-from .model import USAE
 
 SECONDS = 60.0
+_LAYOUT = 2  # of the file; a state of another one is not used
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a state is of."""
+
+    step: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of the state, by name."""
+        ...
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the rest of the state, for JSON."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Take over a state that `tensors` and `numbers` gave; tensors are on the CPU."""
+        ...
 
 
 class TrainingState:
@@ -30,44 +51,61 @@ class TrainingState:
     Args:
         path: the safetensors file.
         depends_on: everything the training's numbers depend on; a file written for something else is not used.
+        reads_only: another process writes the file.
+
+    Attributes:
+        holds: the step whose state is in the file; 0 when there is none of this training.
     """
 
-    def __init__(self, path: Path, depends_on: Mapping[str, Any]) -> None:
-        self.path = path
-        self._digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
+    def __init__(self, path: Path, depends_on: Mapping[str, Any], *, reads_only: bool = False) -> None:
+        self.path, self.reads_only = path, reads_only
+        whole = {"layout": _LAYOUT, **depends_on}
+        self._digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
         self._written = time.monotonic()
+        self.holds = 0
 
-    def restore(self, usae: USAE, optimiser: torch.optim.Optimizer, silent: Tensor) -> int:
-        """Put the stored state into model, optimiser and counter, in place; returns the steps done, 0 for none."""
+    def restore(self, training: Stateful) -> None:
+        """Put the stored state, if there is one of this training, into `training`."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 about = file.metadata() or {}
+                if about.get("digest") != self._digest:
+                    return
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
         except (OSError, SafetensorError):
-            return 0
-        if about.get("digest") != self._digest:
-            return 0
-        with torch.no_grad():
-            for name, parameter in usae.named_parameters():
-                parameter.copy_(tensors[f"parameter.{name}"])
-            silent.copy_(tensors["silent"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, index, what = key.split(".")
-                moments.setdefault(int(index), {})[what] = value
-        optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
-        return int(about["step"])
-
-    def keep(self, usae: USAE, optimiser: torch.optim.Optimizer, silent: Tensor, step: int) -> None:
-        """Write the state after `step`, if the last write is `SECONDS` ago."""
-        if time.monotonic() - self._written < SECONDS:
             return
-        tensors = {f"parameter.{name}": parameter.detach() for name, parameter in usae.named_parameters()}
-        for index, entries in optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{what}": value for what, value in entries.items()}
-        tensors["silent"] = silent
+        training.load(tensors, json.loads(about["numbers"]))
+        self.holds = training.step
+
+    def keep(self, training: Stateful, *, at_once: bool = False) -> None:
+        """Write the state, if the last write is `SECONDS` ago or it is wanted `at_once`.
+
+        Raises:
+            NonFiniteError: when a weight or a moment is not finite; the file stays as it was.
+        """
+        if self.reads_only or (not at_once and time.monotonic() - self._written < SECONDS):
+            return
+        tensors = training.tensors()
+        check_finite(tensors, training.step, self.last_good())
+        about = {"digest": self._digest, "step": str(training.step), "numbers": json.dumps(training.numbers())}
         with replacing(self.path) as temporary:
-            stored = {key: value.cpu().contiguous() for key, value in tensors.items()}
-            save_file(stored, temporary, metadata={"digest": self._digest, "step": str(step)})
-        self._written = time.monotonic()
+            stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(stored, temporary, metadata=about)
+        self._written, self.holds = time.monotonic(), training.step
+
+    def last_good(self) -> str:
+        """Where the last state is, in words."""
+        if self.holds:
+            return f"the last good state, of step {self.holds}, is in '{self.path}'"
+        return f"no state had been kept in '{self.path}' yet"
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int, last_good: str) -> None:
+    """Check that all weights and moments are numbers.
+
+    Raises:
+        NonFiniteError: naming the tensor and the step.
+    """
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise NonFiniteError(f"'{bad[0]}' is not finite after step {step}", hint=f"lower train.lr; {last_good}")

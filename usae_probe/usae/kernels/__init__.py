@@ -4,25 +4,31 @@ One interface, several implementations. For a support S (which latents are activ
 
     z_pre = (x − b_dec) W_encᵀ + b_enc,   at = z_pre[S],   x_hat = z W_dec,
 
-where z is zero outside S. `reference` is dense and plain autograd, the oracle; the others never let anything dense of
-size `[rows, n_latents]` outlive the encoder product.
+where z is zero outside S. `reference` is dense and plain autograd, the oracle; `csr` (CPU) and `triton` (CUDA) are
+sparse: three products with z, under the same autograd functions. They never let anything dense of size
+`[rows, n_latents]` outlive the encoder product (`csr` makes z dense for the moment where it is not sparse at all).
 """
 
 from .base import Codes, Kernel, PreActivations, SiteEncoder, Support, to_dense
 from .choose import choose_kernel
 from .csr import CsrKernel
+from .precision import Precision
 from .reference import ReferenceKernel
-from .selection import select_topk
+from .selection import select_batch_topk, select_topk
+from .triton_kernel import TritonKernel
 
 __all__ = [
     "Codes",
     "CsrKernel",
     "Kernel",
     "PreActivations",
+    "Precision",
     "ReferenceKernel",
     "SiteEncoder",
     "Support",
+    "TritonKernel",
     "choose_kernel",
+    "select_batch_topk",
     "select_topk",
     "to_dense",
 ]

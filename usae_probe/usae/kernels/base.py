@@ -84,7 +84,7 @@ class Support:
     @cached_property
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same entries latent by latent: pointers [n + 1], rows [e], and the order in which entries go there."""
-        order = torch.argsort(self.columns, stable=True)
+        order = torch.argsort(self.columns.int(), stable=True)  # half the digits of int64 to sort by
         counts = torch.bincount(self.columns, minlength=self.n_latents)
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), self.rows[order], order
 
@@ -102,9 +102,15 @@ class Support:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """The three operations a USAE is made of; none of them knows how latents are chosen."""
+    """The three operations a USAE is made of; none of them knows how latents are chosen.
+
+    Attributes:
+        name: `reference`, `csr` or `triton`.
+        reason: why it runs: asked for, picked by `auto`, or in the place of one that cannot run.
+    """
 
     name: str
+    reason: str
 
     def pre(self, x: RowMatrix, encoder: SiteEncoder) -> PreActivations:
         """Return z_pre = (x − b_dec) W_encᵀ + b_enc, [b, n]; without a graph where `at` has the gradient."""

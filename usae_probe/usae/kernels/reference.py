@@ -7,9 +7,16 @@ from .base import Entries, PreActivations, SiteEncoder, Support
 
 
 class ReferenceKernel:
-    """Dense products, any device and dtype."""
+    """Dense products, any device and dtype.
+
+    Args:
+        reason: why this kernel was picked.
+    """
 
     name = "reference"
+
+    def __init__(self, reason: str = "asked for") -> None:
+        self.reason = reason
 
     def pre(self, x: RowMatrix, encoder: SiteEncoder) -> PreActivations:
         """Return z_pre, with its graph."""

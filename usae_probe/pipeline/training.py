@@ -1,0 +1,92 @@
+"""The train stage: weights, history and, where wanted, TensorBoard's files of a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..buffer import ActivationBuffer
+from ..config import RunConfig
+from ..errors import UsaeProbeWarning
+from ..usae import HistoryFile, StepRecord, TensorBoardCallback, TrainResult, World, train
+
+STATE = "training-state.safetensors"
+
+
+def train_in(
+    folder: Path,
+    config: RunConfig,
+    buffer: ActivationBuffer,
+    progress: Callable[[StepRecord], None],
+    world: World | None = None,
+) -> TrainResult:
+    """Train, and save the weights that the run keeps; an earlier training that was stopped goes on.
+
+    Args:
+        folder: the run folder; made if need be.
+        config: `[usae]` and `[train]`.
+        buffer: the activations.
+        progress: called with every step's record, once it is in the history.
+        world: the processes that train together, of which this is process 0; the others are in `help_train`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state, world = folder / STATE, world or World()
+    with ExitStack() as closing:
+        history = closing.enter_context(HistoryFile(folder / "history.jsonl"))
+        board = None
+        if config.train.tensorboard:
+            board = closing.enter_context(TensorBoardCallback(folder / "tensorboard"))
+
+        def follow(record: StepRecord) -> None:
+            history.add(record, keep=record.is_kept(config.train))
+            if board:
+                board(record)
+            progress(record)
+
+        world.tell("train")
+        done = train(
+            buffer, usae_config=config.usae, train_config=config.train, progress=follow, resume=state, world=world
+        )
+    _save(done, folder)
+    state.unlink(missing_ok=True)
+    return done
+
+
+def help_train(folder: Path, config: RunConfig, world: World) -> None:
+    """Do what processes other than 0 do in a run: wait until process 0 trains or need not, train with it, and leave.
+
+    They need the run folder of process 0, and write nothing into it.
+
+    Raises:
+        WorkerError: when process 0 fails.
+    """
+    if world.hear() == "train":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UsaeProbeWarning)  # process 0 says them
+            train(
+                ActivationBuffer(folder / "buffer"),
+                usae_config=config.usae,
+                train_config=config.train.model_copy(update={"tensorboard": False}),
+                resume=folder / STATE,
+                world=world,
+            )
+
+
+def note_of(record: StepRecord) -> str:
+    """Return what is worth a glance in a record."""
+    phase = "aligning, " if record.phase == "align" else ""
+    stopped = ", stopped early" if record.stopped else ""
+    return f"{phase}loss {record.loss:.3f}, dead {record.dead_share:.0%}{stopped}"
+
+
+def _save(done: TrainResult, folder: Path) -> None:
+    """Save the weights that the run keeps, and beside them those of the last step where these are others."""
+    last = folder / "usae-last.safetensors"
+    if done.last is not None:
+        done.last.save(last)
+    else:
+        for left in (last, last.with_suffix(".json")):
+            left.unlink(missing_ok=True)
+    done.usae.save(folder / "usae.safetensors")

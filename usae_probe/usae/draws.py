@@ -1,0 +1,97 @@
+"""What is drawn at random in a step: a function of seed and step alone, so that a resumed training draws it again.
+
+Every purpose has a stream of its own, so that one never shifts another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from ..shapes import RowMatrix
+from .kernels.base import Entries
+from .world import current
+
+SOURCE, PAIRING, PARTNER, NOISE, DROPOUT, ROWS = 1, 2, 3, 4, 5, 6
+
+
+def draw_source(sites: Sequence[str], how: TrainConfig, step: int) -> str:
+    """Return the site whose code is decoded in a step, or `all`; with weights w, site i is drawn with w_i / Σ w.
+
+    With one site there is nothing to draw, and weights are not looked at.
+    """
+    if how.source == "all":
+        return "all"
+    draw = np.random.default_rng((how.seed, SOURCE, step))
+    if isinstance(how.source, str) or len(sites) == 1:
+        return sites[int(draw.integers(len(sites)))]
+    given = np.array([how.source.get(site, 0.0) for site in sites])
+    return sites[int(draw.choice(len(sites), p=given / given.sum()))]
+
+
+def draw_partner(sites: Sequence[str], source: str, how: TrainConfig, step: int) -> str:
+    """Return another site than `source`, for the contrastive term; all others are equally likely."""
+    others = [site for site in sites if site != source]
+    return others[int(np.random.default_rng((how.seed, PARTNER, step)).integers(len(others)))]
+
+
+def check_weighted_sites(sites: Sequence[str], how: TrainConfig) -> None:
+    """Check that `source` and `site_weights` name sites of this training; with one site neither means anything.
+
+    Raises:
+        ConfigError: for an unknown site.
+    """
+    tables: dict[str, str | dict[str, float] | None] = {"source": how.source, "site_weights": how.site_weights}
+    for key, given in tables.items():
+        if not isinstance(given, dict) or len(sites) == 1:
+            continue
+        unknown = [site for site in given if site not in sites]
+        if unknown:
+            raise ConfigError(
+                f"train.{key} has a weight for '{unknown[0]}', which is no site of this training",
+                hint=f"sites: {', '.join(sites)}",
+            )
+
+
+class Perturbation:
+    """Noise on the encoder's input and dropout of latents in one training step.
+
+    Args:
+        how: `input_noise`, `latent_dropout` and `seed`.
+        step: number of the step.
+    """
+
+    def __init__(self, how: TrainConfig, step: int) -> None:
+        self.noise, self.dropout = how.input_noise, how.latent_dropout
+        self._seed, self._step = how.seed, step
+        self._generators: dict[int, torch.Generator] = {}
+
+    def rows(self, x: RowMatrix) -> RowMatrix:
+        """Return x̃ + σ ε with ε ~ N(0, 1) per entry; σ is in units of the rows' own spread, because E‖x̃‖² = d_in."""
+        if not self.noise:
+            return x
+        return x + self.noise * self._draw(torch.randn, NOISE, x)
+
+    def values(self, z: Entries) -> Entries:
+        """Return z with each entry left out with probability p, the others divided by 1 − p."""
+        if not self.dropout:
+            return z
+        kept = self._draw(torch.rand, DROPOUT, z) >= self.dropout
+        return torch.where(kept, z / (1.0 - self.dropout), torch.zeros_like(z))
+
+    def _draw(self, distribution: Callable[..., Tensor], stream: int, like: Tensor) -> Tensor:
+        """Draw for the whole batch and return this process's share: several processes draw what one would."""
+        if stream not in self._generators:
+            words = np.random.SeedSequence((self._seed, stream, self._step)).generate_state(1, np.uint64)
+            self._generators[stream] = torch.Generator(like.device).manual_seed(int(words[0] >> np.uint64(1)))
+        generator = self._generators[stream]
+
+        def draw(n: int) -> Tensor:
+            return distribution((n, *like.shape[1:]), generator=generator, device=like.device, dtype=like.dtype)
+
+        return current().drawn(draw, len(like))

@@ -1,0 +1,49 @@
+"""What a step's number decides: phase, source and learning rate. Nothing here depends on what happened before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..config import TrainConfig
+from .draws import draw_source
+from .losses import Phase
+
+
+def phase_and_source(
+    sites: Sequence[str], how: TrainConfig, step: int, steps: int, *, joint: bool = False
+) -> tuple[Phase, str]:
+    """Return the phase of step 1 … steps and the site whose encoder learns in it (`all` for every one).
+
+    A function of settings and step alone, so that what each encoder gets can be counted without training.
+
+    Args:
+        sites: all sites, in order.
+        how: `align_warmup`, `source` and `seed`.
+        step: from 1.
+        steps: of the whole training.
+        joint: the sparsity gives all sites one support throughout.
+    """
+    aligned = 0
+    if len(sites) > 1:
+        aligned = steps if joint else round(how.align_warmup * steps)
+    return ("align", "all") if step <= aligned else ("main", draw_source(sites, how, step))
+
+
+def learning_rate(step: int, steps: int, how: TrainConfig) -> float:
+    """Return the learning rate of step 1 … steps: linear warm-up, then a cosine down to lr · lr_final.
+
+    One global step count drives it, whichever site is the source. Early stopping does not change it: a training that
+    stops at half of its steps has seen the first half of the cosine.
+    """
+    rising = round(how.lr_warmup * steps)
+    if step <= rising:
+        return how.lr * step / rising
+    along = (step - rising) / max(1, steps - rising)
+    floor = how.lr * how.lr_final
+    return floor + (how.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * along))
+
+
+def validates(step: int, steps: int, how: TrainConfig) -> bool:
+    """Say whether R² on validation rows is measured after a step."""
+    return step == steps or (how.validate_every > 0 and step % how.validate_every == 0)
