@@ -18,7 +18,8 @@ from usae_probe.usae import USAE, train, train_steps, usae_for
 from usae_probe.usae.contrastive import MOST_ROWS, contrastive_loss, info_nce
 from usae_probe.usae.draws import Perturbation, draw_partner, draw_source
 from usae_probe.usae.initialisation import initialise_from_data, put_rows
-from usae_probe.usae.losses import Objective, StepLoss, Terms, alignment_loss, site_mae, source_loss
+from usae_probe.usae.losses import Objective, StepLoss, Terms, alignment_loss, source_loss
+from usae_probe.usae.residual import residual
 from usae_probe.usae.world import World
 
 from . import oracles
@@ -82,9 +83,11 @@ def step_of(
 class TestL1:
     def test_by_hand(self) -> None:
         # errors of site a (1, −2), (0, 3): 6/4 = 1.5; of site b (.5, 0), (−1.5, 2): 4/4 = 1
-        usae = USAE({"m/a": 2, "n/b": 2}, 4, 1)
         error = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 3.0, -1.5, 2.0]])
-        assert site_mae(usae, error).tolist() == [1.5, 1.0]
+        b_dec = torch.tensor([0.5, 0.5, -0.5, -0.5])
+        found = residual(error + b_dec, torch.zeros(1, 2, 4), b_dec, {"m/a": 2, "n/b": 2}, loss="l1")
+        assert found.per_site.tolist() == [1.5, 1.0]
+        assert found.rows.equal(error[None])
 
     @KERNELS
     def test_oracle(self, kernel: str) -> None:

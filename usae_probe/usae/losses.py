@@ -17,6 +17,7 @@ from .kernels import Support, select_topk
 from .kernels.base import Entries
 from .model import USAE
 from .nested import decode_nested
+from .residual import Loss, Residual, residual
 from .world import World, current
 
 Phase = Literal["align", "main"]
@@ -65,14 +66,16 @@ class Terms:
         perturb: noise and dropout of the step; none for neither.
     """
 
-    loss: Literal["mse", "l1"] = "mse"
+    loss: Loss = "mse"
     weights: Float[Tensor, " m"] | None = None
     own_only: bool = False
     perturb: Perturbation | None = None
 
-    def errors(self, usae: USAE, error: Float[Tensor, "b D"]) -> Float[Tensor, " m"]:
-        """Return the error of each target."""
-        return site_mse(usae, error) if self.loss == "mse" else site_mae(usae, error)
+    def residual(
+        self, usae: USAE, x: Float[Tensor, "b D"], product: Float[Tensor, "g b D"], b_dec: Float[Tensor, " D"]
+    ) -> Residual:
+        """Compare rows with what was decoded; b rows by each of g nested dictionaries count alike."""
+        return residual(x, product, b_dec, usae.d_in, loss=self.loss, workspace=usae.workspace)
 
     def summed(self, per_site: Float[Tensor, " m"]) -> Tensor:
         """Return Σ_j w_j · error_j."""
@@ -108,17 +111,8 @@ PLAIN = Terms()
 
 def site_mse(usae: USAE, error: Float[Tensor, "b D"]) -> Float[Tensor, " m"]:
     """Return Σ error² / (b · d_in) per site: 1 for predicting the mean, because E‖x̃‖² = d_in."""
-    return torch.stack([part.square().mean() for part in _by_site(usae, error)])
-
-
-def site_mae(usae: USAE, error: Float[Tensor, "b D"]) -> Float[Tensor, " m"]:
-    """Return Σ |error| / (b · d_in) per site, in units of the site's scale: √(2/π) for the mean of Gaussian rows."""
-    return torch.stack([part.abs().mean() for part in _by_site(usae, error)])
-
-
-def _by_site(usae: USAE, x: Float[Tensor, "b D"]) -> tuple[Tensor, ...]:
-    """Split columns by site; one split and not a slice each, whose gradients would each be as large as x."""
-    return torch.split(x, list(usae.d_in.values()), dim=1)
+    # one split and not a slice each, whose gradients would each be as large as the error
+    return torch.stack([part.square().mean() for part in torch.split(error, list(usae.d_in.values()), dim=1)])
 
 
 def source_loss(
@@ -148,8 +142,7 @@ def source_loss(
     rows = terms.rows(x[:, usae.columns[source]])
     coded = usae.code(rows, source)
     x_hat = terms.decode_nested(usae, terms.values(coded.values), coded.support, source)
-    errors = x - (x_hat + terms.learning(usae, usae.b_dec, source))
-    per_site = terms.errors(usae, errors.flatten(0, 1))  # also the mean over nested dictionaries: b rows by each
+    left, per_site = terms.residual(usae, x, x_hat, terms.learning(usae, usae.b_dec, source))
     aux = per_site.new_zeros(())
     n_dead = min(aux_k, int(dead.sum()))
     if n_dead and aux_coef:
@@ -157,9 +150,8 @@ def source_loss(
         spare = Support.of(select_topk(among, n_dead), usae.n_latents)
         values = usae.code_at(rows, source, coded.z_pre, spare)
         guess = terms.decode(usae, values, spare, source)
-        residual = errors[-1].detach()
-        of_residual = current().mean(site_mse(usae, residual)).clamp_min(1e-12)
-        aux = (site_mse(usae, residual - guess) / of_residual).sum()
+        of_residual = current().mean(site_mse(usae, left[-1])).clamp_min(1e-12)
+        aux = (site_mse(usae, left[-1] - guess) / of_residual).sum()
     total = terms.summed(per_site) + aux_coef * aux + coded.penalty
     fired, l0 = fired_latents(coded.values, coded.support), active_latents(coded.values, coded.support)
     return StepLoss(total, per_site.detach(), aux.detach(), fired, l0, coded.penalty.detach())
@@ -176,7 +168,7 @@ def alignment_loss(usae: USAE, x: Float[Tensor, "b D"], terms: Terms = PLAIN) ->
     codes = list(usae.code_shared(rows).values())
     for coded in codes:
         x_hat = decode_nested(usae.kernel, terms.values(coded.values), coded.support, usae.W_dec, usae.matryoshka)
-        per_site.append(terms.errors(usae, (x - (x_hat + usae.b_dec)).flatten(0, 1)))
+        per_site.append(terms.residual(usae, x, x_hat, usae.b_dec).per_site)
         fired |= fired_latents(coded.values, coded.support)
     mean, penalty = torch.stack(per_site).mean(0), torch.stack([coded.penalty for coded in codes]).mean()
     l0 = torch.stack([active_latents(coded.values, coded.support) for coded in codes]).mean()

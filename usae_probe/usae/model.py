@@ -16,6 +16,7 @@ from ..shapes import Decoder, RowMatrix
 from .bottleneck import check_shape
 from .kernels import Codes, Kernel, PreActivations, SiteEncoder, Support, choose_kernel, to_dense
 from .kernels.base import Entries
+from .kernels.workspace import Workspace
 from .sparsity import make_sparsity
 
 
@@ -96,6 +97,7 @@ class USAE(nn.Module):
         self.sites = tuple(d_in)
         self.n_latents, self.k = n_latents, k
         self.kernel_name, self.precision = kernel, precision
+        self.workspace = Workspace()
         self._kernel: tuple[tuple[object, ...], Kernel] | None = None
         self.sparsity = make_sparsity(sparsity, k, n_latents, len(d_in), sparsity_settings)
         self.matryoshka = tuple(matryoshka)

@@ -195,7 +195,7 @@ class _Rows:
             if self.norm is None:
                 torch.linalg.vector_norm(w, dim=1, keepdim=True, out=self.norms[chunk])
             torch.div(dots, self.norms[chunk].square().clamp_min(1e-24), out=along)
-            squares.append(torch.linalg.vector_norm(g).square() - (dots * along).sum())
+            squares.append(torch.linalg.vector_norm(g, dim=1).square().sum() - (dots * along).sum())
         return torch.stack(squares).sum().clamp_min(0.0)
 
     def project(self, chunk: slice) -> None:
