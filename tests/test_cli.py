@@ -102,6 +102,9 @@ def test_a_run_on_the_terminal_then_kept(cli: Command, tmp_path: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     spelled = short(metrics["r2"]["a/3"]["b/0"])
     assert spelled in first.out
+    (said,) = [line for line in first.err.splitlines() if line.startswith("train: done in")]
+    assert "; kernel " in said
+    assert "auto: float32 on" in said
     assert "runs/c/metrics.json" in first.out
     for line in ("harvest …", "train …", "evaluate …", "train: done in"):
         assert line in first.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from usae_probe.buffer import Rows
 from usae_probe.config import TrainConfig
 from usae_probe.errors import ConfigError, StageError, UsageError
 from usae_probe.usae import USAE, StepRecord, TrainResult, encoder_updates, train
+from usae_probe.usae.independent import one_site
 
 from .tiny_run import CONFIG, changed, put_tiny_run
 
@@ -148,13 +150,17 @@ def test_fewer_updates_see_the_first_batches(buffer: ActivationBuffer, monkeypat
 
 def test_the_steps_behind_the_weights_are_matched(buffer: ActivationBuffer) -> None:
     """A run that kept its best validation is matched by that step; one that stopped early by the steps it took."""
-    quick = SETTINGS | {"steps": 32, "validate_every": 2, "lr": 0.1, "log_every": 32}
+    quick = SETTINGS | {"steps": 32, "validate_every": 2, "lr": 0.1, "log_every": 32, "weight_decay": 0.0}
     kept = train(buffer, keep="best", **quick)
     assert kept.best is not None
     assert kept.best.step < kept.taken == kept.planned == 32
     stopped = train(buffer, early_stop=1, **quick)
     assert stopped.taken < stopped.planned == 32
     for run, steps in ((kept, kept.best.step), (stopped, stopped.taken)):
+        lines = [asdict(record) for record in run.history]  # as in a run folder: few are kept, the last always is
+        assert len(lines) < run.taken
+        assert lines[-1]["step"] == run.taken
+        assert independent_module._steps_of(lines, run.train_config) == steps
         found = train_independent(buffer, like=run)
         assert {result.taken for result in found.values()} == {steps}
         assert {result.train_config.keep for result in found.values()} == {"last"}
@@ -242,6 +248,17 @@ def test_kept_results_of_other_settings_are_not_used(buffer: ActivationBuffer, t
         buffer, like=other, resume=tmp_path / "sae", progress=lambda site, record: steps.append(record.step)
     )
     assert len(steps) == 20  # of a/x alone
+
+
+def test_validations_decide_nothing_in_a_matching_training(buffer: ActivationBuffer, tmp_path: Path) -> None:
+    alone = one_site(TrainConfig(early_stop=1, keep="best", validate_every=2, steps=20), 7)
+    assert (alone.early_stop, alone.keep, alone.steps, alone.validate_every) == (0, "last", 7, 2)
+    often, seldom = (train(buffer, **SETTINGS, validate_every=every) for every in (2, 9))
+    first = train_independent(buffer, like=often, resume=tmp_path / "sae")
+    assert [record.step for record in first["a/x"].history if record.r2] == list(range(2, 21, 2))
+    again = train_independent(buffer, like=seldom, resume=tmp_path / "sae", progress=lambda *_: pytest.fail("redone"))
+    fresh = train_independent(buffer, like=seldom)
+    assert all(same(again[site].usae, fresh[site].usae) for site in SITES)
 
 
 # --- like a run folder ---

@@ -52,7 +52,8 @@ def test_on_cpu(name: str, dtype: torch.dtype, expected: str) -> None:
 
 
 def test_it_says_why() -> None:
-    assert choose_kernel("auto", CPU).reason == "auto: cpu, float32"
+    assert choose_kernel("auto", CPU).reason == "auto: float32 on cpu"
+    assert choose_kernel("auto", CPU, torch.float64).reason == "auto: float64 on cpu"
     assert choose_kernel("csr", CPU).reason == "asked for"
     with pytest.warns(UsaeProbeWarning):
         assert choose_kernel("triton", CPU).reason == "triton cannot run: it runs on CUDA, not on cpu"
@@ -118,7 +119,7 @@ class TestPrecision:
         assert name == "csr"
         assert len(said) == 1
         assert "this processor has no bfloat16 instructions" in said[0]
-        assert choose_kernel("csr", CPU, torch.float32, "bf16").precision == "fp32"  # type: ignore[attr-defined]
+        assert choose_kernel("csr", CPU, torch.float32, "bf16").precision == "fp32"
 
     def test_bf16_needs_a_sparse_kernel_and_float32(self) -> None:
         assert "the reference kernel has none" in chosen("reference", CPU, torch.float32, "bf16")[1][0]
@@ -153,6 +154,19 @@ class TestPrecision:
         values = torch.relu(plain.at(plain.pre(x, usae.encoder("a/x")), coded.support, x, usae.encoder("a/x")))
         plain.decode(values, coded.support, usae.W_dec).square().sum().backward()
         torch.testing.assert_close(found, usae.W_enc[0].grad)
+
+
+def test_how_often_it_made_z_dense() -> None:
+    # 2 of 20 latents are under 15 %, 4 of 20 above: two sparse products (z W, its weights' gradient), one dense
+    kernel, w = choose_kernel("auto", CPU), torch.ones(20, 3, requires_grad=True)
+    assert kernel.dense == 0.0
+    few, many = (Support.of(torch.arange(k).repeat(5, 1), 20) for k in (2, 4))
+    kernel.decode(torch.ones(10), few, w).sum().backward()
+    assert kernel.dense == 0.0
+    kernel.decode(torch.ones(20), many, w.detach())
+    assert kernel.dense == pytest.approx(1 / 3)
+    assert ReferenceKernel().dense == 1.0
+    assert triton_kernel.TritonKernel().dense == 0.0
 
 
 def test_a_usae_keeps_its_kernel_until_it_moves() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -234,6 +234,20 @@ class TestSourceOnlyUpdate:
         assert not first["W_enc.1"].equal(last["W_enc.1"])
         torch.testing.assert_close(last["W_dec"].norm(dim=1), torch.full((32,), math.sqrt(2)))
 
+    def test_learnt_thresholds_are_of_their_site_too(self, buffer: ActivationBuffer) -> None:
+        settings: dict[str, Any] = {"batch_size": 50, "align_warmup": 0.0, "update": "source", "bandwidth": 2.0}
+        how = checked(TrainConfig, settings | {"steps": 24, "lr": 1e-2})
+        usae = usae_for(buffer, UsaeConfig(n_latents=32, k=3, sparsity="jumprelu"), how)
+        sources: list[str] = []
+        seen: list[list[Tensor]] = []
+        for record in train_steps(usae, buffer, how):
+            sources.append(record.source)
+            seen.append([theta.detach().clone() for theta in usae.sparsity.log_theta])
+        assert set(pairwise(sources)) >= {("m/a", "n/b"), ("n/b", "m/a")}
+        for source, before, after in zip(sources[1:], seen, seen[1:], strict=False):
+            for site, one, other in zip(usae.sites, before, after, strict=True):
+                assert one.equal(other) == (site != source)  # moments of earlier steps would move them
+
 
 class TestPerturbation:
     def test_noise_is_drawn_by_seed_and_step_in_units_of_the_rows(self) -> None:
@@ -250,15 +264,15 @@ class TestPerturbation:
         assert not one.rows(x).equal(one.rows(x))  # every site has noise of its own
 
     def test_processes_draw_what_one_would(self) -> None:
-        how = TrainConfig(input_noise=0.3, latent_dropout=0.4)
+        how = TrainConfig(input_noise=0.3)
         x, z = torch.zeros(12, 5), torch.ones(36)
-        rows, values = Perturbation(how, 2).rows(x), Perturbation(how, 2).values(z)
+        rows, values = Perturbation(how, 2).rows(x), Perturbation(how, 2).values(z, 0.4)
         for rank in range(3):
             world = World()
             world.rank, world.size = rank, 3
             with world.at_work():
                 assert Perturbation(how, 2).rows(x[:4]).equal(rows[4 * rank : 4 * rank + 4])
-                assert Perturbation(how, 2).values(z[:12]).equal(values[12 * rank : 12 * rank + 12])
+                assert Perturbation(how, 2).values(z[:12], 0.4).equal(values[12 * rank : 12 * rank + 12])
 
     @pytest.mark.parametrize("phase", ["main", "align"])
     def test_the_encoder_sees_noise_and_the_target_is_clean(self, phase: str) -> None:
@@ -282,7 +296,7 @@ class TestPerturbation:
 
     def test_dropout_by_hand(self) -> None:
         z = torch.full((40_000,), 0.5, requires_grad=True)
-        kept = Perturbation(TrainConfig(latent_dropout=0.2), 3).values(z)
+        kept = Perturbation(TrainConfig(), 3).values(z, 0.2)
         assert set(kept.unique().tolist()) == {0.0, 0.625}  # .5 / (1 − .2)
         assert (kept == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
         assert kept.mean().item() == pytest.approx(0.5, abs=0.01)  # the same in the mean

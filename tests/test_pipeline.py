@@ -23,7 +23,9 @@ from usae_probe.errors import (
     UsageError,
 )
 from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult
+from usae_probe.pipeline.training import kernel_note
 from usae_probe.report import figures
+from usae_probe.usae.kernels import choose
 
 from .tiny_run import CONFIG, MODEL, changed, put_tiny_run
 
@@ -109,6 +111,45 @@ def test_metrics_of_schema_1(run: Runner, base: Path) -> None:
     assert len((base / "run/latents.csv").read_text().splitlines()) == 17
     assert result.report is not None
     assert result.report.r2["a/2"]["b/2"] == metrics["r2"]["a/2"]["b/2"]
+
+
+def test_a_training_says_once_which_kernel_it_had_and_why(run: Runner, base: Path) -> None:
+    def trained(stages: Any = MEASURING, k: int = 2, **train: Any) -> tuple[list[str], Any]:
+        done = run(changed(train={"device": "cpu", **train}, usae={"k": k}), stages)
+        return [s.note for s in done.stages], json.loads((base / "run/run.json").read_text())["stages"]["train"]
+
+    notes, record = trained()  # k = 2 of 16 latents are under 15 %: no product is dense
+    assert notes == ["", "kernel csr (auto: float32 on cpu)", ""]
+    assert record["kernel"] == {"name": "csr", "reason": "auto: float32 on cpu", "precision": "fp32", "dense": 0.0}
+    assert trained()[0] == [""] * 3  # kept
+    notes, record = trained(("train",), kernel="reference", keep="best")
+    best, kernel = notes[0].split("; ")
+    assert best.startswith("kept step ")
+    assert kernel == "kernel reference (asked for)"
+    assert record["kernel"]["dense"] == 1.0
+    choose._warn.cache_clear()
+    with pytest.warns(UsaeProbeWarning, match="the triton kernel cannot run"):  # 4 of 16 are over 15 %
+        notes, record = trained(("train",), k=4, kernel="triton")
+    assert notes == ["kernel csr (triton cannot run: it runs on CUDA, not on cpu; 100% of its products dense)"]
+    assert record["kernel"]["reason"] == "triton cannot run: it runs on CUDA, not on cpu"
+    notes, record = trained(("train",), recipe="published")  # whose products are its own
+    assert notes == [""]
+    assert "kernel" not in record
+    choose._warn.cache_clear()
+
+
+def test_a_record_without_a_kernel_is_no_other_training(run: Runner, base: Path) -> None:
+    run()
+    record = json.loads((base / "run/run.json").read_text())
+    del record["stages"]["train"]["kernel"]
+    (base / "run/run.json").write_text(json.dumps(record))
+    assert fates(run()) == ["kept"] * 3
+
+
+def test_the_kernel_in_words() -> None:
+    kernel = {"name": "csr", "reason": "auto: float32 on cpu", "precision": "bf16", "dense": 0.256}
+    assert kernel_note(kernel) == "kernel csr, bf16 (auto: float32 on cpu; 26% of its products dense)"
+    assert kernel_note(kernel | {"name": "triton", "dense": 0.0}) == "kernel triton, bf16 (auto: float32 on cpu)"
 
 
 # --- kept or redone ---

@@ -77,7 +77,8 @@ class Oracle:
     def __init__(self, usae: USAE) -> None:
         self.p = oracles.Parameters.of(usae)
         self.usae = usae
-        self.log_theta = getattr(usae.sparsity, "log_theta", torch.zeros(0)).detach().double().clone().requires_grad_()
+        given = getattr(usae.sparsity, "log_theta", [])
+        self.log_theta = [theta.detach().double().clone().requires_grad_() for theta in given]
 
     def code(self, x: Mapping[str, Tensor], site: str) -> tuple[Tensor, Tensor]:
         z_pre = self.p.z_pre(x[site], site)
@@ -125,7 +126,7 @@ class Oracle:
         for name, parts in (("W_dec", self.p.w_dec), ("b_dec", self.p.b_dec)):
             filled = [part.grad if part.grad is not None else torch.zeros_like(part) for part in parts.values()]
             grads[name] = torch.cat(filled, dim=-1)
-        grads["sparsity.log_theta"] = self.log_theta.grad
+        grads |= {f"sparsity.log_theta.{i}": theta.grad for i, theta in enumerate(self.log_theta)}
         return {name: grad for name, grad in grads.items() if grad is not None}
 
 
@@ -306,15 +307,16 @@ class TestJumpReLU:
         assert z.tolist() == pytest.approx([1.1, 0.0, 2.0])
         (z * torch.tensor([3.0, 5.0, 7.0])).sum().backward()
         assert at.grad is not None
-        assert sparsity.log_theta.grad is not None
+        theta = sparsity.log_theta[0]
+        assert theta.grad is not None
         assert at.grad.tolist() == [3.0, 0.0, 7.0]
-        assert sparsity.log_theta.grad[0].tolist() == pytest.approx([-6.0, -10.0, 0.0, 0.0])
+        assert theta.grad.tolist() == pytest.approx([-6.0, -10.0, 0.0, 0.0])
         # penalty 2 (2/1 − 1)² = 2; its slope in L0: 2 · 2 · (2/1 − 1) / 1 = 4; ∂L0/∂log θ = −2 within reach
-        sparsity.log_theta.grad = None
+        theta.grad = None
         penalty = sparsity.penalty(at, z, support, 0, torch.zeros(4, 1))
         penalty.backward()
         assert float(penalty.detach()) == 2.0
-        assert sparsity.log_theta.grad[0].tolist() == pytest.approx([-8.0, -8.0, 0.0, 0.0])
+        assert theta.grad.tolist() == pytest.approx([-8.0, -8.0, 0.0, 0.0])
 
     def test_thresholds_start_where_the_first_batch_has_k_active_latents(self) -> None:
         usae, x = case("jumprelu")
@@ -351,7 +353,7 @@ class TestJumpReLU:
             sparsity = JumpReLU(4, 40, 1, {"bandwidth": 0.5}).train()
             sparsity.started.fill_(True)
             with torch.no_grad():
-                sparsity.log_theta.fill_(start)
+                sparsity.log_theta[0].fill_(start)
             adam = torch.optim.Adam(sparsity.parameters(), lr=0.05)
             for _ in range(60):
                 support = sparsity.select(z_pre, 0)
@@ -359,7 +361,7 @@ class TestJumpReLU:
                 adam.zero_grad()
                 sparsity.penalty(at, at, support, 0, torch.zeros(40, 1)).backward()
                 adam.step()
-            l0 = float((z_pre > sparsity.log_theta.detach().exp()).sum() / 256)
+            l0 = float((z_pre > sparsity.log_theta[0].detach().exp()).sum() / 256)
             assert l0 == pytest.approx(4.0, abs=0.6), start
 
 

@@ -280,6 +280,10 @@ def test_cells_that_differ_in_probes_alone_are_trained_once(
     trainings.clear()
     assert fates(sweep({"usae.k": [2, 4]})) == ["done"] * 2  # a folder of another name, the same training
     assert trainings == [(16, 4, 0)]
+    kernels = [json.loads((cell.folder / "run.json").read_text())["stages"]["train"]["kernel"] for cell in result.cells]
+    assert len(kernels) == 6  # taken over, too
+    assert kernels[0] == kernels[2] == kernels[4]
+    assert {cell.note for cell in result.cells} == {""}  # a sweep does not say the same of each cell
 
 
 def test_an_interrupted_cell_goes_on_to_the_same_weights(

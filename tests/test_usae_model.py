@@ -172,20 +172,6 @@ def test_decoder_norm_is_that_of_the_concatenated_row() -> None:
     assert by_site[:, 0].unique().numel() == 3  # a latent may write more into one site than into another
 
 
-def test_projected_gradient_is_orthogonal_to_its_row() -> None:
-    usae = random_usae()
-    usae.project_decoder_gradient()  # nothing to do yet, and no error
-    gradient = torch.randn_like(usae.W_dec)
-    usae.W_dec.grad = gradient.clone()
-    usae.project_decoder_gradient()
-    projected = usae.W_dec.grad
-    torch.testing.assert_close((projected * usae.W_dec).sum(1), torch.zeros(20, dtype=torch.float64))
-    # what was taken out lies along the row
-    taken = gradient - projected
-    cosine = torch.nn.functional.cosine_similarity(taken, usae.W_dec).abs()
-    torch.testing.assert_close(cosine, torch.ones(20, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_site_is_an_ordinary_sparse_autoencoder(kernel: str) -> None:
     usae = USAE({"m/a": 6}, 12, 2, kernel=kernel)

@@ -33,7 +33,8 @@ def recipe_times(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, sum(d_in.values()), generator=generator)
     engines = {
-        recipe: engine(USAE(d_in, n_latents, k), TrainConfig.model_validate({"recipe": recipe})) for recipe in recipes
+        recipe: engine(USAE(d_in, n_latents, k), TrainConfig.model_validate({"recipe": recipe}), 100_000)
+        for recipe in recipes
     }
     dead, sites = torch.zeros(n_latents, dtype=torch.bool), list(d_in)
     seconds: dict[str, list[float]] = {recipe: [] for recipe in recipes}

@@ -55,7 +55,7 @@ class Ours:
     def __init__(self, d_in: Mapping[str, int], size: Size, batch: int, precision: str = "fp32") -> None:
         how = TrainConfig(recipe=self.recipe)
         self.usae = USAE(d_in, size.n_latents, size.k, kernel="csr", precision=precision)
-        self.objective, self.optimiser = engine(self.usae, how)
+        self.objective, self.optimiser = engine(self.usae, how, 100_000)
         self.objective.train()
         self.x = rows(d_in, batch)
         self.alive = torch.zeros(size.n_latents, dtype=torch.bool)

@@ -29,6 +29,8 @@ PUBLISHED_FIXED: Mapping[str, Any] = MappingProxyType(
 )
 """Keys that make it the published recipe: another value beside it is refused."""
 
+_BY_ROWS = ("weight_decay", "latent_dropout")  # "auto" is then the recipe's own value
+
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of `[train]` with those that their `recipe` sets.
@@ -38,14 +40,15 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if given.get("recipe") != "published":
         return dict(given)
+    asked = {key: value for key, value in given.items() if value != "auto" or key not in _BY_ROWS}
     for key, value in PUBLISHED_FIXED.items():
-        if key in given and given[key] != value:
+        if key in asked and asked[key] != value:
             expected = "nothing" if value is None else repr(value)
             raise ValueError(
                 f"{key} = {given[key]!r} contradicts recipe = 'published', which has {expected} there: "
                 f"leave {key} out, or the recipe"
             )
-    return {**PUBLISHED_START, **given, **PUBLISHED_FIXED}
+    return {**PUBLISHED_START, **asked, **PUBLISHED_FIXED}
 
 
 def weights(given: Mapping[Any, Any]) -> dict[str, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .cell import CellResult
 from .grid import Combination, parsed_settings
+from .outcomes import Progress, RunResult, StageResult
 from .record import RunRecord, peak_memory
-from .run import Progress, Run, RunResult, StageResult
+from .run import Run
 from .stages import MEASURING, STAGES, Stage
 from .sweep import Sweep, SweepProgress, SweepResult
 from .training import help_train

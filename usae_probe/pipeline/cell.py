@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from ..errors import UsaeProbeError
 from ..files import sha256, write_json
 from ..probes import evaluate
 from ..split import SplitName
+from ..usae import TrainResult
 from .grid import Combination
+from .outcomes import Progress
 from .record import RunRecord
-from .run import Progress, Run
+from .run import Run
 from .stages import RESULTS
 
 
@@ -107,6 +109,9 @@ class Cell(Run):
             metrics=metrics,
         )
 
+    def _train_note(self, done: TrainResult, kernel: Mapping[str, Any] | None) -> str:
+        return done.note  # the kernel is the same in most cells of a sweep: it is in their records
+
     def _is_trained(self) -> bool:
         finished = self._record.finished("train") and not self._missing("train")
         return finished and not self._record.changed("train", self.config)
@@ -130,7 +135,7 @@ class Cell(Run):
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in RESULTS["train"]:
                 shutil.copyfile(folder / name, self.folder / name)
-            self._record.finish("train", self.config, record.seconds("train"))
+            self._record.finish("train", self.config, record.seconds("train"), record.about("train"))
             return
 
 

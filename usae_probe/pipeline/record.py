@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..files import sha256, write_json
 from .stages import RESULTS, Stage, depends_on
 
 SCHEMA = 1
+_OF_ALL_STAGES = ("seconds", "peak_memory_bytes", "depends_on")
 _PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
 
 
@@ -52,14 +53,15 @@ class RunRecord:
         then = {key: default_of(key) for key in now.keys() - before.keys()} | before
         return sorted(key for key in then if then[key] != now.get(key))
 
-    def finish(self, stage: Stage, config: RunConfig, seconds: float) -> None:
-        """Write down that a stage is finished."""
+    def finish(self, stage: Stage, config: RunConfig, seconds: float, about: Mapping[str, Any] | None = None) -> None:
+        """Write down that a stage is finished; `about` is what else is worth keeping, on which nothing depends."""
         self._data["config"] = json.loads(config.model_dump_json())
         self._data["base"] = _spell(config.base, self.folder)
         self._data["versions"] = {"python": platform.python_version(), **dict(_versions())}
         self._data["stages"][stage] = {
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
+            **(about or {}),
             "depends_on": depends_on(stage, config, self._data["results"], self.folder.resolve()),
         }
         self._data["results"][stage] = sha256(self.folder / RESULTS[stage][0])
@@ -72,6 +74,10 @@ class RunRecord:
     def seconds(self, stage: Stage) -> float:
         """Return how long a finished stage took."""
         return float(self._data["stages"][stage]["seconds"])
+
+    def about(self, stage: Stage) -> dict[str, Any]:
+        """Return what `finish` was told about a finished stage."""
+        return {key: value for key, value in self._data["stages"][stage].items() if key not in _OF_ALL_STAGES}
 
     def config(self) -> RunConfig:
         """Return the config of the run.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..attaching import attach, check_device
 from ..buffer import ActivationBuffer
@@ -22,60 +21,13 @@ from ..images import annotations_of, open_source
 from ..probes import UniversalityReport, evaluate, one_site_per_model
 from ..report import figures
 from ..split import SPLITS
-from ..usae import USAE, StepRecord, World, check_tensorboard, read_history, warn_without_bottleneck
+from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, read_history, warn_without_bottleneck
+from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
 from .source import same_source
 from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
-from .training import note_of, train_in
-
-
-class Progress(NamedTuple):
-    """How far a stage is: `done` of `total` in `unit`s, and what else is worth a glance."""
-
-    stage: Stage
-    done: int
-    total: int
-    unit: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What became of a stage.
-
-    Attributes:
-        stage: its name.
-        kept: it was finished before and its config keys are the same.
-        seconds: how long it took when it ran.
-        why: why it was redone although it was finished before; empty otherwise.
-        note: what is worth saying about its end, early stopping say; empty otherwise.
-    """
-
-    stage: Stage
-    kept: bool
-    seconds: float
-    why: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What became of a run.
-
-    Attributes:
-        folder: the run folder.
-        stages: what became of each stage asked for.
-        metrics: the content of `metrics.json`, once evaluated.
-        cam: the content of `cam/cam.json`, once pictures were made.
-        report: the report, when it was made by this call.
-    """
-
-    folder: Path
-    stages: list[StageResult]
-    metrics: dict[str, Any] | None
-    cam: dict[str, Any] | None = None
-    report: UniversalityReport | None = None
+from .training import kernel_note, kernel_of, note_of, train_in
 
 
 class Run:
@@ -156,9 +108,9 @@ class Run:
         self._announce((stage, why))
         started = time.perf_counter()
         doing = {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate, "cam": self._cam}[stage]
-        note = doing() or ""
-        result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=why, note=note)
-        self._record.finish(stage, self.config, result.seconds)
+        end = doing() or StageEnd()
+        result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=why, note=end.note)
+        self._record.finish(stage, self.config, result.seconds, end.about)
         self._announce(result)
         return result
 
@@ -184,13 +136,18 @@ class Run:
                 ),
             )
 
-    def _train(self) -> str:
+    def _train(self) -> StageEnd:
         check_device(self.config.train.device)
 
         def follow(record: StepRecord) -> None:
             self._progress(Progress("train", record.step, record.steps, "steps", note_of(record)))
 
-        return train_in(self.folder, self.config, self.buffer(), follow, self._world).note
+        done = train_in(self.folder, self.config, self.buffer(), follow, self._world)
+        kernel = kernel_of(done)
+        return StageEnd(self._train_note(done, kernel), {"kernel": kernel} if kernel else {})
+
+    def _train_note(self, done: TrainResult, kernel: Mapping[str, Any] | None) -> str:
+        return "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
 
     def _evaluate(self) -> None:
         buffer = self.buffer()

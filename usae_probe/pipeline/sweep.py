@@ -22,8 +22,9 @@ from ..usae import check_tensorboard
 from ..usae.draws import check_weighted_sites
 from .cell import Cell, CellResult
 from .grid import Combination, combinations
+from .outcomes import Progress, StageResult
 from .record import RunRecord
-from .run import Progress, Run, StageResult
+from .run import Run
 from .stages import Stage
 
 SCHEMA = 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
@@ -72,6 +73,33 @@ def help_train(folder: Path, config: RunConfig, world: World) -> None:
                 resume=folder / STATE,
                 world=world,
             )
+
+
+def kernel_of(done: TrainResult) -> dict[str, Any] | None:
+    """Return which kernel trained, for the record; none for the published recipe, whose products are its own.
+
+    Returns:
+        its `name`; its `reason`: asked for, picked by `auto`, or in the place of one that cannot run; its `precision`;
+        and `dense`, the share of products for which z was not sparse enough to stay so.
+    """
+    if done.train_config.recipe == "published":
+        return None
+    kernel = done.usae.kernel
+    return {
+        "name": kernel.name,
+        "reason": kernel.reason,
+        "precision": kernel.precision,
+        "dense": round(kernel.dense, 4),
+    }
+
+
+def kernel_note(kernel: Mapping[str, Any] | None) -> str:
+    """Say in a few words what `kernel_of` returned."""
+    if kernel is None:
+        return ""
+    said = f"kernel {kernel['name']}{', bf16' if kernel['precision'] == 'bf16' else ''}"
+    mixed = f"; {kernel['dense']:.0%} of its products dense" if kernel["name"] == "csr" and kernel["dense"] else ""
+    return f"{said} ({kernel['reason']}{mixed})"
 
 
 def note_of(record: StepRecord) -> str:

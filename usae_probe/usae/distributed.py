@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from traceback import clear_frames
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UsaeProbeError, WorkerError, first_line
+from ..errors import ConfigError, WorkerError
+from .failures import is_lost, spelled
 from .world import World
 
 TIMEOUT = timedelta(minutes=10)
@@ -24,7 +24,6 @@ _LOOK, _LAST_WORDS = 0.1, 2.0  # seconds between looks for a word; and for those
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ERROR, _SAID = "error", "said"
 _AGAIN = "the same command goes on from the last state"
-_CONNECTION = re.compile("gloo|nccl|peer|connection|socket|timed out", re.IGNORECASE)
 
 
 @contextmanager
@@ -218,7 +217,7 @@ class Processes(World):
         The first process to fail writes down why, and process 0 says that; what follows from it in the others (lost
         connections) says nobody. A process speaks for itself only when process 0 is past it.
         """
-        mine = _spelled(error)
+        mine = spelled(error)
         try:
             self._store.compare_set(_ERROR, "", f"{self.rank} {mine}")
             first = self._first_error()
@@ -229,7 +228,7 @@ class Processes(World):
             if self.main:
                 self._store.set(_SAID, "")
                 self._part()
-                own = isinstance(error, KeyboardInterrupt) or (first.endswith(f": {mine}") and not _is_lost(error))
+                own = isinstance(error, KeyboardInterrupt) or (first.endswith(f": {mine}") and not is_lost(error))
                 return error if own else WorkerError(first, hint=_AGAIN)
             until = time.monotonic() + _LAST_WORDS
             while not (told := bool(self._store.check([_SAID]))) and time.monotonic() < until:
@@ -293,19 +292,3 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         first = ctx.world.rank * ctx.n
         return ctx.world.reduced(grad)[first : first + ctx.n] * ctx.world.size, None
-
-
-def _spelled(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, UsaeProbeError):
-        return error.message
-    if _is_lost(error):
-        said = re.sub(r"^\[\S*\] *", "", first_line(error)).split(". ")[0]  # without file and line of torch's source
-        return f"lost another process ({said})"
-    return f"{type(error).__name__}: {first_line(error) if isinstance(error, Exception) else error}"
-
-
-def _is_lost(error: BaseException) -> TypeGuard[RuntimeError]:
-    """Say whether an error is only that another process is not there any more."""
-    return isinstance(error, RuntimeError) and _CONNECTION.search(str(error)) is not None

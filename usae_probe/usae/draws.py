@@ -62,12 +62,12 @@ class Perturbation:
     """Noise on the encoder's input and dropout of latents in one training step.
 
     Args:
-        how: `input_noise`, `latent_dropout` and `seed`.
+        how: `input_noise` and `seed`.
         step: number of the step.
     """
 
     def __init__(self, how: TrainConfig, step: int) -> None:
-        self.noise, self.dropout = how.input_noise, how.latent_dropout
+        self.noise = how.input_noise
         self._seed, self._step = how.seed, step
         self._generators: dict[int, torch.Generator] = {}
 
@@ -77,12 +77,12 @@ class Perturbation:
             return x
         return x + self.noise * self._draw(torch.randn, NOISE, x)
 
-    def values(self, z: Entries) -> Entries:
-        """Return z with each entry left out with probability p, the others divided by 1 − p."""
-        if not self.dropout:
+    def values(self, z: Entries, dropout: float) -> Entries:
+        """Return z with each entry left out with probability `dropout` = p, the others divided by 1 − p."""
+        if not dropout:
             return z
-        kept = self._draw(torch.rand, DROPOUT, z) >= self.dropout
-        return torch.where(kept, z / (1.0 - self.dropout), torch.zeros_like(z))
+        kept = self._draw(torch.rand, DROPOUT, z) >= dropout
+        return torch.where(kept, z / (1.0 - dropout), torch.zeros_like(z))
 
     def _draw(self, distribution: Callable[..., Tensor], stream: int, like: Tensor) -> Tensor:
         """Draw for the whole batch and return this process's share: several processes draw what one would."""

@@ -169,6 +169,7 @@ def _finished(folder: Path, digest: str) -> float | None:
 
 
 def _digest(buffer: ActivationBuffer, site: str, shape: UsaeConfig, how: TrainConfig) -> str:
+    # `validate_every` decides nothing here: `one_site` has switched off what goes by validations
     settings = how.model_dump(mode="json", exclude={"log_every", "validate_every", "kernel", "device", "tensorboard"})
     whole = {"buffer": buffer.identity, "site": site, "usae": shape.model_dump(mode="json"), "train": settings}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
@@ -227,7 +228,7 @@ def _steps_of(history: Sequence[Mapping[str, Any]], how: TrainConfig) -> int:
     if how.keep == "best" and measured:
         best: int = max(measured, key=lambda line: cross_r2(_matrix(line)))["step"]  # the first of equals
         return best
-    return max((line["step"] for line in history), default=0)
+    return max((line["step"] for line in history), default=0)  # the last step is kept, also of an early stop
 
 
 def _differs(config: dict[str, Any], key: str, value: Any) -> bool:

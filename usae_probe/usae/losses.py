@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,12 +65,14 @@ class Terms:
         weights: weight of each target, [m]; none for 1 each.
         own_only: gradients of the source's own encoder, decoder columns and biases alone (the published code).
         perturb: noise and dropout of the step; none for neither.
+        dropout: {site: share of its active latents that are left out}.
     """
 
     loss: Loss = "mse"
     weights: Float[Tensor, " m"] | None = None
     own_only: bool = False
     perturb: Perturbation | None = None
+    dropout: Mapping[str, float] = field(default_factory=dict)
 
     def residual(
         self, usae: USAE, x: Float[Tensor, "b D"], product: Float[Tensor, "g b D"], b_dec: Float[Tensor, " D"]
@@ -85,9 +88,9 @@ class Terms:
         """Return what the encoder is given in place of x̃; the target stays x̃."""
         return self.perturb.rows(x) if self.perturb else x
 
-    def values(self, z: Entries) -> Entries:
+    def values(self, z: Entries, source: str) -> Entries:
         """Return what the decoders are given in place of z."""
-        return self.perturb.values(z) if self.perturb else z
+        return self.perturb.values(z, self.dropout.get(source, 0.0)) if self.perturb else z
 
     def learning(self, usae: USAE, whole: Tensor, source: str) -> Tensor:
         """Return W_dec or b_dec of all sites; under `own_only` only the source's columns of it get a gradient."""
@@ -141,7 +144,7 @@ def source_loss(
     """
     rows = terms.rows(x[:, usae.columns[source]])
     coded = usae.code(rows, source)
-    x_hat = terms.decode_nested(usae, terms.values(coded.values), coded.support, source)
+    x_hat = terms.decode_nested(usae, terms.values(coded.values, source), coded.support, source)
     left, per_site = terms.residual(usae, x, x_hat, terms.learning(usae, usae.b_dec, source))
     aux = per_site.new_zeros(())
     n_dead = min(aux_k, int(dead.sum()))
@@ -165,13 +168,14 @@ def alignment_loss(usae: USAE, x: Float[Tensor, "b D"], terms: Terms = PLAIN) ->
     """
     rows = {site: terms.rows(x[:, usae.columns[site]]) for site in usae.sites}
     per_site, fired = [], torch.zeros(usae.n_latents, dtype=torch.bool, device=x.device)
-    codes = list(usae.code_shared(rows).values())
-    for coded in codes:
-        x_hat = decode_nested(usae.kernel, terms.values(coded.values), coded.support, usae.W_dec, usae.matryoshka)
+    codes = usae.code_shared(rows)
+    for site, coded in codes.items():
+        values = terms.values(coded.values, site)
+        x_hat = decode_nested(usae.kernel, values, coded.support, usae.W_dec, usae.matryoshka)
         per_site.append(terms.residual(usae, x, x_hat, usae.b_dec).per_site)
         fired |= fired_latents(coded.values, coded.support)
-    mean, penalty = torch.stack(per_site).mean(0), torch.stack([coded.penalty for coded in codes]).mean()
-    l0 = torch.stack([active_latents(coded.values, coded.support) for coded in codes]).mean()
+    mean, penalty = torch.stack(per_site).mean(0), torch.stack([coded.penalty for coded in codes.values()]).mean()
+    l0 = torch.stack([active_latents(coded.values, coded.support) for coded in codes.values()]).mean()
     return StepLoss(terms.summed(mean) + penalty, mean.detach(), mean.new_zeros(()), fired, l0, penalty.detach())
 
 
@@ -193,6 +197,8 @@ class Objective(nn.Module):
     Args:
         usae: the model that is trained.
         how: the objective's settings.
+        dropout: {site: share of its active latents left out in training}; default: `how.latent_dropout` where that is
+            a number.
 
     Raises:
         ConfigError: when `source` or `site_weights` names a site that the model has not.
@@ -200,10 +206,12 @@ class Objective(nn.Module):
 
     target_weights: Tensor | None
 
-    def __init__(self, usae: USAE, how: TrainConfig) -> None:
+    def __init__(self, usae: USAE, how: TrainConfig, *, dropout: Mapping[str, float] | None = None) -> None:
         super().__init__()
         check_weighted_sites(usae.sites, how)
         self.usae, self.how = usae, how
+        share = 0.0 if how.latent_dropout == "auto" else how.latent_dropout
+        self.dropout = dict.fromkeys(usae.sites, share) if dropout is None else dict(dropout)
         weights = None
         if how.site_weights is not None and len(usae.sites) > 1:
             weights = usae.W_dec.new_tensor([how.site_weights.get(site, 1.0) for site in usae.sites])
@@ -238,8 +246,8 @@ class Objective(nn.Module):
 
     def _terms(self, step: int) -> Terms:
         how, training = self.how, self.training
-        perturb = Perturbation(how, step) if training and (how.input_noise or how.latent_dropout) else None
-        return Terms(how.loss, self.target_weights, how.update == "source", perturb)
+        perturb = Perturbation(how, step) if training and (how.input_noise or any(self.dropout.values())) else None
+        return Terms(how.loss, self.target_weights, how.update == "source", perturb, self.dropout)
 
     def _reconstruction(
         self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"], terms: Terms

@@ -301,14 +301,6 @@ class USAE(nn.Module):
         norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
         self.W_dec.mul_(math.sqrt(len(self.sites)) / norms)
 
-    @torch.no_grad()
-    def project_decoder_gradient(self) -> None:
-        """Take out of the decoder's gradient what would only change a row's norm: g ← g − (g·w) w / ‖w‖²."""
-        grad = self.W_dec.grad
-        if grad is not None:
-            along = (grad * self.W_dec).sum(1, keepdim=True) / len(self.sites)
-            grad.addcmul_(along, self.W_dec, value=-1.0)
-
     def save(self, path: str | Path) -> None:
         """Write `path` (safetensors) and the JSON beside it; see `usae_probe.usae.checkpoint`."""
         from .checkpoint import save_usae

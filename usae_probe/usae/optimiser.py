@@ -39,11 +39,13 @@ class ConstrainedAdam:
     Args:
         usae: the model; moved to its device before.
         grad_clip: bound of the norm of all gradients together.
-        weight_decay: W_enc ← (1 − lr · weight_decay) W_enc before each update of it.
+        weight_decay: W_enc ← (1 − lr · weight_decay) W_enc before each update of it, for all sites or by site.
     """
 
-    def __init__(self, usae: USAE, grad_clip: float, *, weight_decay: float = 0.0) -> None:
-        self.usae, self.grad_clip, self.weight_decay = usae, grad_clip, weight_decay
+    def __init__(self, usae: USAE, grad_clip: float, *, weight_decay: float | Mapping[str, float] = 0.0) -> None:
+        by_site = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(usae.sites, weight_decay)
+        self.usae, self.grad_clip = usae, grad_clip
+        self._decay = {f"W_enc.{i}": by_site.get(site, 0.0) for i, site in enumerate(usae.sites)}
         self._slots: dict[str, _Slot] = {}
 
     def zero_grad(self) -> None:
@@ -77,9 +79,9 @@ class ConstrainedAdam:
         rule = _Rule(lr, norm, self.grad_clip)
         if rule.in_vain:
             return norm
-        for decays in (False, True):
-            some = [piece for name in pieces if self._decays(name) is decays for piece in pieces[name]]
-            rule.update(some, self.weight_decay if decays else 0.0)
+        for decay in sorted({self._decay.get(name, 0.0) for name in pieces}):
+            some = [piece for name in pieces if self._decay.get(name, 0.0) == decay for piece in pieces[name]]
+            rule.update(some, decay)
         if decoder is not None:
             self._update_decoder(decoder.pieces(chosen), rows, rule)
             decoder.advance(chosen)
@@ -108,9 +110,6 @@ class ConstrainedAdam:
             sites = list(self.usae.columns.values()) if name in ("W_dec", "b_dec") else []
             self._slots[name] = _Slot(self.usae.get_parameter(name), sites)
         return self._slots[name]
-
-    def _decays(self, name: str) -> bool:
-        return self.weight_decay > 0 and name.startswith("W_enc.")
 
     def _rows(self, w_dec: _Piece, sites: Sequence[str] | None) -> list[_Rows]:
         if sites is None:

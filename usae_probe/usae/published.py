@@ -187,7 +187,7 @@ class PublishedAdamW:
     def __init__(self, objective: PublishedObjective, how: TrainConfig) -> None:
         self.objective, self.grad_clip = objective, how.grad_clip
         self.adams = {
-            site: torch.optim.AdamW(objective.part(site).parameters(), lr=0.0, weight_decay=how.weight_decay)
+            site: torch.optim.AdamW(objective.part(site).parameters(), lr=0.0, weight_decay=float(how.weight_decay))
             for site in objective.usae.sites
         }
 

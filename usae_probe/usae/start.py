@@ -16,6 +16,7 @@ from .losses import Objective
 from .model import USAE
 from .optimiser import ConstrainedAdam
 from .published import PublishedAdamW, PublishedObjective
+from .regularisation import regularisation
 from .world import World
 
 
@@ -72,8 +73,13 @@ def usae_for(
 Engine = tuple[Objective, ConstrainedAdam] | tuple[PublishedObjective, PublishedAdamW]
 
 
-def engine(usae: USAE, how: TrainConfig) -> Engine:
+def engine(usae: USAE, how: TrainConfig, n_rows: int) -> Engine:
     """Return what the steps of a recipe minimise, and by what.
+
+    Args:
+        usae: the model.
+        how: the settings.
+        n_rows: training rows, which the regularisation follows.
 
     Raises:
         ConfigError: when the recipe cannot be had for this USAE.
@@ -81,4 +87,6 @@ def engine(usae: USAE, how: TrainConfig) -> Engine:
     if how.recipe == "published":
         published = PublishedObjective(usae, how)
         return published, PublishedAdamW(published, how)
-    return Objective(usae, how), ConstrainedAdam(usae, how.grad_clip, weight_decay=how.weight_decay)
+    against = regularisation(how, usae.d_in, n_rows)
+    objective = Objective(usae, how, dropout=against.dropout)
+    return objective, ConstrainedAdam(usae, how.grad_clip, weight_decay=against.decay)

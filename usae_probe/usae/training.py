@@ -54,7 +54,7 @@ class Training:
         self.steps, self.step = how.n_steps(self.epoch), 0
         self.objective: Objective | PublishedObjective
         self.optimiser: ConstrainedAdam | PublishedAdamW
-        self.objective, self.optimiser = engine(usae, how)
+        self.objective, self.optimiser = engine(usae, how, buffer.n_rows("train"))
         self._parallel = self.world.parallel(self.objective)
         self.silent = torch.zeros(usae.n_latents, dtype=torch.long, device=usae.W_dec.device)
         self.watch = Watch(how, buffer)

@@ -9,10 +9,9 @@ sparse: three products with z, under the same autograd functions. They never let
 `[rows, n_latents]` outlive the encoder product (`csr` makes z dense for the moment where it is not sparse at all).
 """
 
-from .base import Codes, Kernel, PreActivations, SiteEncoder, Support, to_dense
+from .base import Codes, Kernel, PreActivations, Precision, SiteEncoder, Support, to_dense
 from .choose import choose_kernel
 from .csr import CsrKernel
-from .precision import Precision
 from .reference import ReferenceKernel
 from .selection import select_batch_topk, select_topk
 from .triton_kernel import TritonKernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,8 @@ PreActivations = Float[Tensor, "b n"]
 """z_pre of all latents."""
 Entries = Float[Tensor, " e"]
 """One number per entry of a support, row by row."""
+Precision = Literal["fp32", "bf16"]
+"""Of the factors of the encoder product; everything is summed in float32."""
 
 
 class Codes(NamedTuple):
@@ -107,10 +109,17 @@ class Kernel(Protocol):
     Attributes:
         name: `reference`, `csr` or `triton`.
         reason: why it runs: asked for, picked by `auto`, or in the place of one that cannot run.
+        precision: of the factors of the encoder product.
     """
 
     name: str
     reason: str
+    precision: Precision
+
+    @property
+    def dense(self) -> float:
+        """Share of its products with z so far for which z was made dense."""
+        ...
 
     def pre(self, x: RowMatrix, encoder: SiteEncoder) -> PreActivations:
         """Return z_pre = (x − b_dec) W_encᵀ + b_enc, [b, n]; without a graph where `at` has the gradient."""

@@ -8,9 +8,9 @@ import warnings
 import torch
 
 from ...errors import ConfigError, UsaeProbeWarning
-from .base import Kernel
+from .base import Kernel, Precision
 from .csr import CsrKernel
-from .precision import Precision, bf16_problem
+from .precision import bf16_problem
 from .reference import ReferenceKernel
 from .triton_kernel import TritonKernel, triton_problem
 
@@ -53,7 +53,7 @@ def choose_kernel(
 
 def _named(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Return the name of the kernel that runs, and why."""
-    here = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    here = f"{str(dtype).removeprefix('torch.')} on {device.type}"
     if name in ("reference", "csr"):
         problem = csr_problem(device, dtype) if name == "csr" else None
         if problem is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .base import Entries, Support
-from .precision import Precision
+from .base import Entries, Precision, Support
 from .sparse import SparseKernel, gathered
 from .workspace import Workspace
 
@@ -34,7 +34,14 @@ class CsrKernel(SparseKernel):
     def __init__(
         self, precision: Precision = "fp32", reason: str = "asked for", *, dense_share: float = DENSE_SHARE
     ) -> None:
-        super().__init__("csr", CsrProducts(dense_share), precision, reason)
+        products = CsrProducts(dense_share)
+        super().__init__("csr", products, precision, reason)
+        self._made = products.made
+
+    @property
+    def dense(self) -> float:
+        """Share of its products with z so far for which z was made dense."""
+        return self._made["dense"] / max(1, self._made.total())
 
 
 class CsrProducts:
@@ -45,10 +52,14 @@ class CsrProducts:
 
     Args:
         dense_share: share of z's places that are entries, above which it is dense.
+
+    Attributes:
+        made: how many products were made `sparse` and `dense`.
     """
 
     def __init__(self, dense_share: float = DENSE_SHARE) -> None:
         self.dense_share = dense_share
+        self.made: Counter[str] = Counter()
         self.workspace = Workspace()
 
     def rows_product(self, values: Entries, support: Support, w: Float[Tensor, "n d"]) -> Float[Tensor, "b d"]:
@@ -78,8 +89,11 @@ class CsrProducts:
         return values.new_zeros(support.n_latents).index_add_(0, support.columns, values)
 
     def _is_dense(self, support: Support) -> bool:
+        """Decide about one product, and count it."""
         # with more entries than places (latents twice in a row) sampled_addmm refuses the pattern
-        return len(support.columns) > min(self.dense_share, 1.0) * support.n_rows * support.n_latents
+        dense = len(support.columns) > min(self.dense_share, 1.0) * support.n_rows * support.n_latents
+        self.made["dense" if dense else "sparse"] += 1
+        return dense
 
     def _weighted_sums(self, pointers: Tensor, columns: Tensor, values: Tensor, source: Tensor) -> Tensor:
         """Return Σ_e values[e] source[columns[e]] over the entries of each row, [len(pointers) − 1, d]."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ...shapes import RowMatrix
-from .base import PreActivations, SiteEncoder
+from .base import PreActivations, Precision, SiteEncoder
 from .workspace import Workspace
 
-Precision = Literal["fp32", "bf16"]
-"""Of the factors of the encoder product; everything is summed in float32."""
 _LATENTS = 1024  # multiplied together: the cast weights and their product stay in the cache
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...shapes import Decoder, RowMatrix
-from .base import Entries, PreActivations, SiteEncoder, Support
+from .base import Entries, PreActivations, Precision, SiteEncoder, Support
 
 
 class ReferenceKernel:
@@ -14,6 +14,8 @@ class ReferenceKernel:
     """
 
     name = "reference"
+    precision: Precision = "fp32"
+    dense = 1.0
 
     def __init__(self, reason: str = "asked for") -> None:
         self.reason = reason

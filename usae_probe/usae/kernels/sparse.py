@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...shapes import Decoder, RowMatrix
-from .base import Entries, PreActivations, SiteEncoder, Support
-from .precision import Precision, encoder_product
+from .base import Entries, PreActivations, Precision, SiteEncoder, Support
+from .precision import encoder_product
 from .workspace import Workspace
 
 
@@ -53,6 +53,11 @@ class SparseKernel:
         self.name, self.reason, self.precision = name, reason, precision
         self._products = products
         self._workspace = Workspace()
+
+    @property
+    def dense(self) -> float:
+        """Share of its products with z so far for which z was made dense: none, unless the kernel says otherwise."""
+        return 0.0
 
     def pre(self, x: RowMatrix, encoder: SiteEncoder) -> PreActivations:
         """Return z_pre without a graph: `at` has the gradient."""

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import first_line
-from .base import Entries, Support
-from .precision import Precision
+from .base import Entries, Precision, Support
 from .sparse import SparseKernel
 
 _BLOCK = 256  # columns per program

@@ -36,17 +36,17 @@ class JumpReLU(Sparsity):
     penalty; until a site has its thresholds, inference takes the k largest of each row.
 
     Attributes:
-        log_theta: [m, n], a parameter.
+        log_theta: a parameter [n] per site, so that a step that is one site's changes no other site's.
         started: [m] which sites have thresholds.
     """
 
     name = "jumprelu"
-    log_theta: nn.Parameter
+    log_theta: nn.ParameterList
     started: Bool[Tensor, " m"]
 
     def __init__(self, k: int, n_latents: int, n_sites: int, settings: Mapping[str, float] | None = None) -> None:
         super().__init__(k, n_latents, n_sites, settings)
-        self.log_theta = nn.Parameter(torch.zeros(n_sites, n_latents))
+        self.log_theta = nn.ParameterList([nn.Parameter(torch.zeros(n_latents)) for _ in range(n_sites)])
         self.register_buffer("started", torch.zeros(n_sites, dtype=torch.bool))
 
     def select(self, z_pre: PreActivations, site: int) -> Support:
@@ -66,7 +66,7 @@ class JumpReLU(Sparsity):
     def start(self, least: Float[Tensor, ""], site: int) -> None:
         """Set a site's thresholds to the smallest selected z_pre of a batch; ∞, where nothing was, is left out."""
         if torch.isfinite(least):
-            self.log_theta[site] = least.log()
+            self.log_theta[site].fill_(least.log())
             self.started[site] = True
 
     def activate(self, at: Entries, support: Support, site: int) -> Entries:
@@ -85,7 +85,8 @@ class JumpReLU(Sparsity):
         return self.settings["l0_coef"] * (l0 / self.k - 1.0).square()
 
     def _theta(self, support: Support, site: int) -> Entries:
-        return self.log_theta[site].exp()[support.columns]
+        theta: Entries = self.log_theta[site].exp()[support.columns]
+        return theta
 
 
 class _Jump(torch.autograd.Function):

@@ -1,0 +1,56 @@
+"""The command line: the only parser of arguments. Heavy imports happen inside the commands.
+
+Exit status: 0 done; 2 anything that can be known from arguments, config and model structure; 1 everything else that
+fails; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from . import models, stages, sweep
+
+app = typer.Typer(
+    name="usae-probe",
+    help="What do trained vision models represent in common? Universal sparse autoencoders on layers of live models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _command in (
+    stages.run,
+    stages.harvest,
+    stages.train,
+    stages.evaluate,
+    sweep.sweep,
+    stages.demo,
+    stages.cam,
+    models.adapters,
+    models.layers,
+):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; usage errors follow `--json` too."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        status = app(standalone_mode=False)
+    except typer.Exit as leaving:
+        status = leaving.exit_code
+    except typer.Abort:
+        status = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own errors all have it
+            raise
+        status = getattr(error, "exit_code", 2)
+        if as_json:
+            document = {"error": {"type": "UsageError", "message": error.format_message(), "hint": "see --help"}}
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        else:
+            error.show()  # type: ignore[attr-defined]
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,91 @@
+"""What all commands share: options, how they show results and warnings, and what becomes of errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsaeProbeError, UsaeProbeWarning, UsageError, WorkerError
+from .several import demand_alone
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Config of the run.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<config's name>.")]
+
+
+@contextmanager
+def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[None]:
+    """Turn errors into one clear line (or JSON) and the exit status of the contract.
+
+    Of several processes that torchrun started only commands that say they `join` them run in more than one.
+    """
+    try:
+        if not joins:
+            demand_alone()
+        yield
+    except WorkerError as error:
+        if error.told:
+            raise typer.Exit(1) from error
+        _fail(as_json, type(error).__name__, error.message, error.hint, 1)
+    except UsaeProbeError as error:
+        _fail(as_json, type(error).__name__, error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        state = f"what was finished is kept in {folder}; give the same command again to go on" if folder else ""
+        _fail(as_json, "Interrupted", "interrupted", state, 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
+        raise typer.Exit(1) from None
+    except OSError as error:
+        _fail(as_json, type(error).__name__, str(error), "check space and permissions; what was finished is kept", 1)
+    except Exception as error:
+        if os.environ.get("USAE_PROBE_DEBUG"):
+            raise
+        hint = "this is a bug or an unusual model: set USAE_PROBE_DEBUG=1 to see where it happened"
+        _fail(as_json, type(error).__name__, str(error) or repr(error), hint, 1)
+
+
+def _fail(as_json: bool, kind: str, message: str, hint: str, status: int) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}, indent=2) + "\n")
+    else:
+        from ..report.terminal import consoles, error_text
+
+        consoles()[1].print(error_text(message, hint), soft_wrap=True)
+    raise typer.Exit(status)
+
+
+def show(as_json: bool, data: dict[str, Any], renderable: Callable[[], Any], *, crop: bool = True) -> None:
+    """Print JSON on stdout (and the table on stderr), or the table on stdout; `crop` lines to the console's width."""
+    from ..report.terminal import consoles
+
+    stdout, stderr = consoles()
+    (stderr if as_json else stdout).print(renderable(), crop=crop)
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def shown_warnings(say: Callable[[str], None]) -> Iterator[None]:
+    """Show this package's own warnings as plain lines, each text once."""
+    seen: set[str] = set()
+    before = warnings.showwarning
+
+    def said(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, UsaeProbeWarning):
+            before(message, category, *rest, **more)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UsaeProbeWarning)
+        warnings.showwarning = said
+        yield

@@ -1,0 +1,87 @@
+"""Commands that do stages of a run: run, harvest, train, evaluate, demo, cam."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import Config, Json, Out, guard
+from .running import do_stages
+from .several import help_process_0, together
+
+if TYPE_CHECKING:
+    from ..pipeline import Stage
+
+
+def run(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Do all stages: harvest, train, evaluate (and cam, with a [cam] table). Finished ones are kept, also of a run that
+    was interrupted."""
+    _stages(config, out, as_json, None)
+
+
+def harvest(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Stream the activations of all sites into the run's buffer."""
+    _stages(config, out, as_json, ("harvest",))
+
+
+def train(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Train the USAE from the run's buffer."""
+    _stages(config, out, as_json, ("train",))
+
+
+def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
+    """Measure what the sites have in common, on held-out rows."""
+    _stages(config, out, as_json, ("evaluate",))
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"), as_json: Json = False
+) -> None:
+    """Do it all on two small trained networks and drawn images: no network, no data, about two minutes."""
+    with guard(as_json, str(out)):
+        from ..demo import one_thread, prepare_demo
+
+        hint = (
+            f"Your own models: start from a copy of {out / 'demo.toml'};\n"
+            "usae-probe layers timm:resnet18 lists a model's layers."
+        )
+        with one_thread():
+            do_stages(prepare_demo(out), out, as_json, None, hint=hint)
+
+
+def cam(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run.")],
+    latents: Annotated[
+        str | None,
+        typer.Option(
+            "--latents",
+            help="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8; "
+            "default: as the run's config says.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of gradient ascent per picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what makes each model fire shared latents: gradient ascent to the pixels, beside the images that do."""
+    with guard(as_json, str(run_dir)):
+        from ..config import settled
+        from ..pipeline import RunRecord
+
+        config = RunRecord(run_dir).config()
+        given = {key: value for key, value in {"latents": latents, "steps": steps}.items() if value is not None}
+        (pictures,) = settled((config.cam,), given)
+        changed = config.model_copy(update={"cam": pictures})
+        do_stages(changed, run_dir, as_json, ("cam",))
+
+
+def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...] | None) -> None:
+    folder = out or Path("runs") / config.stem
+    with guard(as_json, str(folder), joins=True), together() as world:
+        from ..config import RunConfig
+
+        if world and not world.main:
+            help_process_0(RunConfig.load(config), folder, stages, world)
+        else:
+            do_stages(RunConfig.load(config), folder, as_json, stages, world=world)
