@@ -233,13 +233,14 @@ def test_exact_under_resume(
         train(buffer, **settings, progress=follow, resume=tmp_path / "state")
     resumed = train(buffer, **settings, resume=tmp_path / "state")
     assert same(whole.usae, resumed.usae)
-    assert (whole.taken, whole.best, whole.note) == (resumed.taken, resumed.best, resumed.note)
+    assert (whole.taken, whole.best, whole.resumed) == (resumed.taken, resumed.best, 0)
+    assert (resumed.resumed, resumed.note) == (step, f"went on from step {step}, {whole.note}")
     assert resumed.history == [record for record in whole.history if record.step > step]
     if "early_stop" in more:
         assert whole.taken < 60
     again = train(buffer, **settings, resume=tmp_path / "state")  # nothing was left to do
     assert same(whole.usae, again.usae)
-    assert (again.history, again.note) == ([], whole.note)
+    assert (again.history, again.note) == ([], f"went on from step {whole.taken}, {whole.note}")
 
 
 class TestRefusals:

@@ -38,7 +38,11 @@ def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[N
     except UsaeProbeError as error:
         _fail(as_json, type(error).__name__, error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        state = f"what was finished is kept in {folder}; give the same command again to go on" if folder else ""
+        state = (
+            f"finished stages and the state of this one are kept in {folder}; give the same command again to go on"
+            if folder
+            else ""
+        )
         _fail(as_json, "Interrupted", "interrupted", state, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say

@@ -126,7 +126,7 @@ class TrainConfig(Table):
     contrastive_temperature: float = Field(0.1, gt=0, description="its temperature, for cosines")
     input_noise: float = Field(0.0, ge=0, description="Gaussian noise on the encoder's input, as a share of its spread")
     latent_dropout: Share | Literal["auto"] = Field(
-        "auto",
+        0.0,
         description="share of active latents left out in training; auto: 1.25 · d_in / training rows, at most .25",
     )
     init: Literal["random", "data"] = Field(
@@ -140,7 +140,7 @@ class TrainConfig(Table):
     bandwidth: float = Field(0.5, gt=0, description="jumprelu: bandwidth of the thresholds' straight-through gradient")
     dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
     weight_decay: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="decoupled weight decay of the encoders; auto: 60 · d_in / training rows, by site"
+        0.0, description="decoupled weight decay of the encoders; auto: 60 · d_in / training rows, by site"
     )
     grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
     kernel: Literal["auto", "reference", "csr", "triton"] = Field(

@@ -73,6 +73,7 @@ class TrainResult(NamedTuple):
         taken: steps taken; `planned` those that the settings asked for.
         best: the best validation; none without validations in the main phase.
         last: with `keep = "best"` the USAE with the weights of the last step; else none.
+        resumed: steps that an earlier training, which was stopped, had taken; 0 for one that began anew.
     """
 
     usae: USAE
@@ -84,14 +85,17 @@ class TrainResult(NamedTuple):
     planned: int = 0
     best: Best | None = None
     last: USAE | None = None
+    resumed: int = 0
 
     @property
     def note(self) -> str:
-        """What is worth saying about its end: that it stopped early, and which step's weights it has."""
+        """What is worth saying: that it went on from a step, stopped early, and which step's weights it has."""
         parts = []
+        if self.resumed:
+            parts.append(f"went on from step {self.resumed}")
         if self.taken < self.planned:
             parts.append(f"stopped early at step {self.taken} of {self.planned}")
-        if self.best and (self.last is not None or parts):
+        if self.best and (self.last is not None or self.taken < self.planned):
             kept = "kept" if self.last is not None else "best"
             parts.append(f"{kept} step {self.best.step} (cross-R² {self.best.cross_r2:.3f} on validation rows)")
         return ", ".join(parts)

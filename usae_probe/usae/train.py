@@ -80,7 +80,7 @@ def train(
     if resume:
         state = TrainingState(Path(resume), _depends_on(training, shape), reads_only=not world.main)
         state.restore(training)
-    history = []
+    resumed, history = training.step, []
     with held_interrupts() as interrupted:
         for record in _kept(training, state, interrupted):
             if record.is_kept(how):
@@ -97,6 +97,7 @@ def train(
         planned=training.steps,
         best=training.watch.best,
         last=training.last,
+        resumed=resumed,
     )
 
 

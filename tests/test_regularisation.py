@@ -1,0 +1,77 @@
+"""What keeps a training from learning its rows by heart: by hand, and in the parts of a training it reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from usae_probe.buffer import ActivationBuffer
+from usae_probe.config import TrainConfig, UsaeConfig
+from usae_probe.errors import ConfigError
+from usae_probe.usae import train, usae_for
+from usae_probe.usae.regularisation import regularisation
+from usae_probe.usae.start import engine
+
+D_IN = {"m/a": 40, "n/b": 10}
+AUTO = {"weight_decay": "auto", "latent_dropout": "auto"}
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> ActivationBuffer:
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(500, 6))
+    arrays = {site: shared @ rng.normal(size=(6, d)) + 0.5 * rng.normal(size=(500, d)) for site, d in D_IN.items()}
+    return ActivationBuffer.from_arrays(arrays, tmp_path / "acts", dtype="float32")
+
+
+def test_auto_by_hand() -> None:
+    # 40 dimensions, 200 rows: 60 · 40 / 200 = 12, 1.25 · .2 = .25; 10 dimensions: 60 · .05 = 3, 1.25 · .05 = .0625
+    found = regularisation(TrainConfig.model_validate(AUTO), D_IN, 200)
+    assert found.decay == pytest.approx({"m/a": 12.0, "n/b": 3.0})
+    assert found.dropout == pytest.approx({"m/a": 0.25, "n/b": 0.0625})
+    few = regularisation(TrainConfig.model_validate(AUTO), D_IN, 20)
+    assert few.dropout == {"m/a": 0.25, "n/b": 0.25}  # at most .25
+    many = regularisation(TrainConfig.model_validate(AUTO), D_IN, 10**9)
+    assert max(*many.decay.values(), *many.dropout.values()) < 1e-5  # it fades where rows are plenty
+
+
+def test_numbers_hold_for_all_sites() -> None:
+    found = regularisation(TrainConfig(weight_decay=2.0, latent_dropout=0.1), D_IN, 200)
+    assert found == ({"m/a": 2.0, "n/b": 2.0}, {"m/a": 0.1, "n/b": 0.1})
+    assert regularisation(TrainConfig(), D_IN, 200) == ({"m/a": 0.0, "n/b": 0.0}, {"m/a": 0.0, "n/b": 0.0})
+
+
+def test_a_training_gets_them_by_its_training_rows(buffer: ActivationBuffer) -> None:
+    how = TrainConfig.model_validate(AUTO)
+    usae = usae_for(buffer, UsaeConfig(n_latents=32, k=4), how)
+    expected = regularisation(how, D_IN, buffer.n_rows("train"))
+    objective, optimiser = engine(usae, how, buffer.n_rows("train"))
+    assert objective.dropout == expected.dropout
+    assert optimiser._decay == {"W_enc.0": expected.decay["m/a"], "W_enc.1": expected.decay["n/b"]}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_auto_equals_the_numbers_it_stands_for(buffer: ActivationBuffer) -> None:
+    settings = {"n_latents": 32, "k": 4, "steps": 12, "batch_size": 64, "sites": ["m/a"]}
+    numbers = regularisation(TrainConfig.model_validate(AUTO), D_IN, buffer.n_rows("train"))
+    auto = train(buffer, **settings, **AUTO).usae
+    given = train(buffer, **settings, weight_decay=numbers.decay["m/a"], latent_dropout=numbers.dropout["m/a"]).usae
+    assert all(torch.equal(a, b) for a, b in zip(auto.state_dict().values(), given.state_dict().values(), strict=True))
+    plain = train(buffer, **settings).usae
+    assert auto.W_enc[0].norm() < plain.W_enc[0].norm()
+
+
+def test_the_published_recipe_has_its_own(buffer: ActivationBuffer) -> None:
+    how = TrainConfig.model_validate({"recipe": "published", **AUTO})
+    assert (how.weight_decay, how.latent_dropout) == (1e-5, 0.0)
+    with pytest.raises(ConfigError, match=r"latent_dropout = 0\.1 contradicts recipe = 'published'"):
+        train(buffer, recipe="published", latent_dropout=0.1, steps=1)
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight_decay", -1.0), ("weight_decay", "much"), ("latent_dropout", 1.0)])
+def test_other_values_are_refused(buffer: ActivationBuffer, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.{key}|{key}"):
+        train(buffer, steps=1, **{key: value})
