@@ -15,7 +15,7 @@ import usae_probe.usae.state as state_module
 import usae_probe.usae.training as training_module
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import TrainConfig, UsaeConfig
-from usae_probe.errors import ConfigError
+from usae_probe.errors import ConfigError, UsaeProbeWarning
 from usae_probe.usae import USAE, StepRecord, train, train_steps, usae_for
 from usae_probe.usae.average import Average
 from usae_probe.usae.reconstruction import Matrix
@@ -121,7 +121,8 @@ class TestStopping:
 
     def test_at_the_last_step_is_no_stopping(self, buffer: ActivationBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
         planned(monkeypatch, [0.0, 0.9, *[0.0] * 13])
-        result = train(buffer, **SETTINGS, early_stop=13)
+        with pytest.warns(UsaeProbeWarning, match="early_stop = 13 cannot stop"):
+            result = train(buffer, **SETTINGS, early_stop=13)
         assert (result.taken, result.history[-1].stopped, result.note) == (60, False, "")
 
 
@@ -256,3 +257,11 @@ class TestRefusals:
             with pytest.raises(ConfigError, match=f"{key} = .* goes by R² on validation rows, .* has 0"):
                 train(buffer, n_latents=8, k=2, steps=2, **{key: value})
         assert Watch(TrainConfig(), buffer).best is None
+
+
+def test_one_that_can_never_stop_is_told(buffer: ActivationBuffer) -> None:
+    # 40 steps, 10 of them aligned: validations at 20 and 30 come between the warm-up and the end
+    settings = SETTINGS | {"steps": 40, "align_warmup": 0.25, "validate_every": 10}
+    with pytest.warns(UsaeProbeWarning, match="early_stop = 2 cannot stop this training: 2 validations come after"):
+        train(buffer, **settings, early_stop=2)
+    train(buffer, **settings, early_stop=1)  # the first may be the best, the second worse: nothing to tell

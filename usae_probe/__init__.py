@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .probes.cam import CamPicture, maximize
     from .sites import Site
     from .usae import USAE, Codes, TensorBoardCallback, TrainResult, train, train_independent
+    from .usae.distributed import joined
 
 __version__ = "0.1.0"
 
@@ -34,8 +35,8 @@ _HOMES = {
     "Run": "pipeline",
     "RunConfig": "config",
     "Site": "sites",
-    "TensorBoardCallback": "usae",
     "Sweep": "pipeline",
+    "TensorBoardCallback": "usae",
     "TrainResult": "usae",
     "USAE": "usae",
     "UniversalityReport": "probes",
@@ -43,6 +44,7 @@ _HOMES = {
     "attach": "attaching",
     "evaluate": "probes",
     "harvest": "harvesting",
+    "joined": "usae.distributed",
     "maximize": "probes.cam",
     "train": "usae",
     "train_independent": "usae",
@@ -66,6 +68,7 @@ __all__ = [
     "attach",
     "evaluate",
     "harvest",
+    "joined",
     "maximize",
     "train",
     "train_independent",

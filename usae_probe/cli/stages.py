@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def run(config: Config, out: Out = None, as_json: Json = False) -> None:
     """Do all stages: harvest, train, evaluate (and cam, with a [cam] table). Finished ones are kept, also of a run that
-    was interrupted."""
+    was interrupted. Under torchrun all processes train."""
     _stages(config, out, as_json, None)
 
 
@@ -27,7 +27,7 @@ def harvest(config: Config, out: Out = None, as_json: Json = False) -> None:
 
 
 def train(config: Config, out: Out = None, as_json: Json = False) -> None:
-    """Train the USAE from the run's buffer."""
+    """Train the USAE from the run's buffer, which harvest has made. Under torchrun all processes train."""
     _stages(config, out, as_json, ("train",))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -24,7 +25,7 @@ def checked(model: type[T], data: Mapping[str, Any]) -> T:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = tuple(first["loc"])
+        path = _without_union_tag(model, tuple(first["loc"]))
         key = ".".join(str(part) for part in path) or model.__name__.removesuffix("Config").lower()
         if first["type"] == "extra_forbidden":
             table = _table_at(model, path[:-1])
@@ -83,3 +84,10 @@ def _table_at(model: type[BaseModel], path: tuple[str | int, ...]) -> type[BaseM
         else:
             here = next((arg for arg in get_args(here) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _without_union_tag(model: type[BaseModel], path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Leave out what pydantic appends for a key of several types: which of them the mistake is about."""
+    field = field_at(model, path[:-1]) if len(path) > 1 else None
+    several_types = field is not None and get_origin(field.annotation) in (Union, UnionType)
+    return path[:-1] if several_types else path

@@ -198,7 +198,7 @@ class TrainConfig(Table):
     def _validations(self) -> TrainConfig:
         if not self.validate_every and (self.early_stop or self.keep == "best"):
             key = f"early_stop = {self.early_stop}" if self.early_stop else "keep = 'best'"
-            raise ValueError(f"{key} goes by validations, which validate_every = 0 leaves out: raise it")
+            raise ValueError(f"{key} goes by validations, which validate_every = 0 leaves out: set it above 0")
         return self
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from ..config import TrainConfig
+from ..errors import UsaeProbeWarning
 from .draws import draw_source
 from .losses import Phase
 
@@ -42,6 +44,19 @@ def learning_rate(step: int, steps: int, how: TrainConfig) -> float:
     along = (step - rising) / max(1, steps - rising)
     floor = how.lr * how.lr_final
     return floor + (how.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * along))
+
+
+def warn_without_stop(how: TrainConfig, steps: int, *, joint: bool = False) -> None:
+    """Warn when so few validations count that none of them can end the training early."""
+    aligned = 0 if joint else round(how.align_warmup * steps)
+    counting = sum(validates(step, steps, how) for step in range(aligned + 1, steps))
+    if how.early_stop and counting <= how.early_stop:
+        warnings.warn(
+            f"early_stop = {how.early_stop} cannot stop this training: {counting} validations come after the alignment "
+            f"warm-up and before the last of {steps} steps; lower validate_every = {how.validate_every}",
+            UsaeProbeWarning,
+            stacklevel=2,
+        )
 
 
 def validates(step: int, steps: int, how: TrainConfig) -> bool:

@@ -23,7 +23,7 @@ from .optimiser import ConstrainedAdam
 from .published import PublishedAdamW, PublishedObjective, published_rate
 from .reconstruction import Matrix
 from .records import StepRecord
-from .schedule import learning_rate, phase_and_source, validates
+from .schedule import learning_rate, phase_and_source, validates, warn_without_stop
 from .start import engine
 from .state import check_finite
 from .validation import Watch, validation_r2
@@ -58,6 +58,7 @@ class Training:
         self._parallel = self.world.parallel(self.objective)
         self.silent = torch.zeros(usae.n_latents, dtype=torch.long, device=usae.W_dec.device)
         self.watch = Watch(how, buffer)
+        warn_without_stop(how, self.steps, joint=usae.sparsity.joint)
         self.average = Average(self.objective, how.ema, usae) if how.ema else None
         self.last: USAE | None = None
         self._last_good: Callable[[], str] = lambda: ""
