@@ -3,6 +3,7 @@
 import beartype  # noqa: F401, I001
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ torch.set_num_threads(2 if _ALONE else 1)  # workers side by side: threads of bo
 if not _ALONE:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background, as CI may do: Ctrl-C is tested here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shared_folder() -> Path:
