@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from usae_probe.errors import (
     UsaeProbeWarning,
     UsageError,
 )
-from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult
+from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult, peak_memory
 from usae_probe.pipeline.training import kernel_note
 from usae_probe.report import figures
 from usae_probe.usae.kernels import choose
@@ -364,3 +366,11 @@ def test_a_config_file_elsewhere_finds_its_neighbours(base: Path, monkeypatch: p
     monkeypatch.chdir(base / "elsewhere")
     assert Run(RunConfig.load("../c.toml"), "out").run(("harvest",)).folder == Path("out")
     assert ActivationBuffer("out/buffer").complete
+
+
+def test_peak_memory_is_of_this_process_alone() -> None:
+    """A process that a large one started is not as large: Linux hands ru_maxrss down."""
+    ballast = np.ones(60_000_000)  # 480 MB, touched
+    code = "from usae_probe.pipeline.record import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1e7 < int(done.stdout) < peak_memory() - ballast.nbytes / 2

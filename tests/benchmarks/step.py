@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from usae_probe.config import TrainConfig
+from usae_probe.pipeline import peak_memory
 from usae_probe.usae import USAE
 from usae_probe.usae.start import engine
 
@@ -201,19 +201,16 @@ def many_sites(size: Size, args: argparse.Namespace) -> dict[str, object]:
 def peak() -> dict[str, object]:
     """Resident memory that three steps add, against what has to be there."""
 
-    def resident() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     size, batch, d_in = Size(65_536, 64), 4096, {"a/layer": 768, "b/layer": 768}
     torch.ones(64, 64) @ torch.ones(64, 64)  # libraries are loaded before
-    before = resident()
+    before = peak_memory()
     step = Ours(d_in, size, batch)
     for _ in range(3):
         step()
     parameters = sum(p.numel() * p.itemsize for p in step.usae.parameters())
     product = 4 * batch * size.n_latents
     needed = 4 * parameters + product  # parameters, gradients, two moments
-    added = resident() - before
+    added = peak_memory() - before
     return {
         **size._asdict(),
         "batch": batch,
