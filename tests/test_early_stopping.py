@@ -22,6 +22,7 @@ from usae_probe.usae.reconstruction import Matrix
 from usae_probe.usae.validation import Watch, cross_r2, validation_r2
 
 from . import oracles
+from .trainings import Stopped, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,10 +46,6 @@ def buffer(tmp_path_factory: pytest.TempPathFactory) -> ActivationBuffer:
     arrays = {"m/a": shared @ rng.normal(size=(6, 10)), "n/b": shared @ rng.normal(size=(6, 8))}
     noisy = {site: values + rng.normal(size=values.shape) for site, values in arrays.items()}
     return ActivationBuffer.from_arrays(noisy, tmp_path_factory.mktemp("stop") / "acts", dtype="float32")
-
-
-def same(one: USAE, other: USAE) -> bool:
-    return all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
@@ -209,10 +206,6 @@ class TestAverage:
         assert found is not None
         for source in SITES:
             assert found[source] == pytest.approx(expected[source], abs=1e-5)
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.mark.parametrize("step", [3, 17])

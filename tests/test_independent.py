@@ -18,10 +18,11 @@ from usae_probe import ActivationBuffer, Run, RunConfig, evaluate, train_indepen
 from usae_probe.buffer import Rows
 from usae_probe.config import TrainConfig
 from usae_probe.errors import ConfigError, StageError, UsageError
-from usae_probe.usae import USAE, StepRecord, TrainResult, encoder_updates, train
+from usae_probe.usae import StepRecord, TrainResult, encoder_updates, train
 from usae_probe.usae.independent import one_site
 
 from .tiny_run import CONFIG, changed, put_tiny_run
+from .trainings import Stopped, related_rows, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,20 +32,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture
 def buffer(tmp_path: Path) -> ActivationBuffer:
-    rng = np.random.default_rng(0)
-    shared = rng.normal(size=(400, 10))
-    arrays = {"a/x": shared @ rng.normal(size=(10, 12)), "b/y": shared @ rng.normal(size=(10, 9))}
-    return ActivationBuffer.from_arrays(arrays, tmp_path / "acts", dtype="float32")
-
-
-def same(a: USAE, b: USAE) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return related_rows(tmp_path / "acts")
 
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Rows]:

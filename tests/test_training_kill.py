@@ -20,6 +20,8 @@ from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import TrainConfig
 from usae_probe.usae import HistoryFile, StepRecord, read_history, train
 
+from .test_buffer_kill import kill_at
+
 STEPS = 40
 HOW = TrainConfig(
     steps=STEPS,
@@ -68,24 +70,6 @@ def work(folder: Path, call: int = 0, seconds: float = 0.0, pause: float = 0.0) 
     assert result.last is not None
     result.last.save(folder / "usae-last.safetensors")
     result.usae.save(folder / "usae.safetensors")
-
-
-def kill_at(call: int) -> None:
-    left = [call]
-
-    def wrapped(name: str) -> None:
-        real = getattr(os, name)
-
-        def run(*args: object) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*args)
-
-        setattr(os, name, run)
-
-    wrapped("fsync")
-    wrapped("replace")
 
 
 def start(folder: Path, **options: float) -> BaseProcess:

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,26 +17,21 @@ import usae_probe.usae.state as state_module
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import TrainConfig, UsaeConfig
 from usae_probe.errors import NonFiniteError
-from usae_probe.usae import USAE, HistoryFile, StepRecord, TrainResult, read_history, train, train_steps, usae_for
+from usae_probe.usae import HistoryFile, StepRecord, TrainResult, read_history, train, train_steps, usae_for
 from usae_probe.usae.interrupts import held_interrupts
 from usae_probe.usae.state import TrainingState
 from usae_probe.usae.training import Training
+
+from .trainings import Stopped, related_rows, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = {"n_latents": 32, "k": 4, "steps": 20, "batch_size": 64, "dead_after": 5, "aux_k": 8, "log_every": 3}
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture
 def buffer(tmp_path: Path) -> ActivationBuffer:
-    rng = np.random.default_rng(0)
-    shared = rng.normal(size=(400, 10))
-    arrays = {"a/x": shared @ rng.normal(size=(10, 12)), "b/y": shared @ rng.normal(size=(10, 9))}
-    return ActivationBuffer.from_arrays(arrays, tmp_path / "acts", dtype="float32")
+    return related_rows(tmp_path / "acts")
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +50,6 @@ def stopped_at(step: int, buffer: ActivationBuffer, state: Path, history: Path |
         file = closing.enter_context(HistoryFile(history)) if history else None
         with pytest.raises(Stopped):
             train(buffer, progress=follow, resume=state, **SETTINGS)
-
-
-def same(a: USAE, b: USAE) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("step", [1, 5, 13, 19])  # the alignment warm-up ends after step 5

@@ -17,14 +17,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.planted import HARD_SITES, found, found_hard, hard_world, planted_world
 from usae_probe.buffer import ActivationBuffer
-from usae_probe.probes import evaluate
-from usae_probe.usae import train
+from usae_probe.probes import UniversalityReport, evaluate
+from usae_probe.usae import USAE, train
 
 PLAIN: dict[str, Any] = {"n_latents": 512, "k": 8, "batch_size": 1024}
 HARD: dict[str, Any] = {"n_latents": 1024, "k": 12, "batch_size": 1024}
@@ -33,21 +34,23 @@ HARD: dict[str, Any] = {"n_latents": 1024, "k": 12, "batch_size": 1024}
 def plain(seed: int, **settings: Any) -> dict[str, Any]:
     """Train on a plain world and say how much of it was found."""
     world = planted_world(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        buffer = ActivationBuffer.from_arrays(world.rows, Path(folder) / "acts", dtype="float32")
-        result = train(buffer, **(PLAIN | settings))
-        outcome = found(world, result.usae, evaluate(result.usae, buffer))
-    return {"seed": seed, "seconds": round(result.seconds, 1), **rounded(outcome._asdict())}
+    usae, report, seconds = trained(world.rows, PLAIN | settings)
+    return {"seed": seed, "seconds": seconds, **rounded(found(world, usae, report)._asdict())}
 
 
 def hard(seed: int, **settings: Any) -> dict[str, Any]:
     """Train on a hard world and say how much of it was found."""
     world = hard_world(seed)
+    usae, report, seconds = trained(world.rows, HARD | settings)
+    return {"seed": seed, "sites": HARD_SITES, "seconds": seconds, **rounded(found_hard(world, usae, report))}
+
+
+def trained(rows: dict[str, np.ndarray], settings: dict[str, Any]) -> tuple[USAE, UniversalityReport, float]:
+    """Train on rows and evaluate on the held-out ones; also how long training took."""
     with tempfile.TemporaryDirectory() as folder:
-        buffer = ActivationBuffer.from_arrays(world.rows, Path(folder) / "acts", dtype="float32")
-        result = train(buffer, **(HARD | settings))
-        outcome = found_hard(world, result.usae, evaluate(result.usae, buffer))
-    return {"seed": seed, "sites": HARD_SITES, "seconds": round(result.seconds, 1), **rounded(outcome)}
+        buffer = ActivationBuffer.from_arrays(rows, Path(folder) / "acts", dtype="float32")
+        result = train(buffer, **settings)
+        return result.usae, evaluate(result.usae, buffer), round(result.seconds, 1)
 
 
 def rounded(value: Any) -> Any:

@@ -48,9 +48,11 @@ def learning_rate(step: int, steps: int, how: TrainConfig) -> float:
 
 def warn_without_stop(how: TrainConfig, steps: int, *, joint: bool = False) -> None:
     """Warn when so few validations count that none of them can end the training early."""
+    if not how.early_stop:
+        return
     aligned = 0 if joint else round(how.align_warmup * steps)
     counting = sum(validates(step, steps, how) for step in range(aligned + 1, steps))
-    if how.early_stop and counting <= how.early_stop:
+    if counting <= how.early_stop:
         warnings.warn(
             f"early_stop = {how.early_stop} cannot stop this training: {counting} validations come after the alignment "
             f"warm-up and before the last of {steps} steps; lower validate_every = {how.validate_every}",
