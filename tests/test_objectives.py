@@ -18,7 +18,8 @@ from usae_probe.usae import USAE, train, train_steps, usae_for
 from usae_probe.usae.contrastive import MOST_ROWS, contrastive_loss, info_nce
 from usae_probe.usae.draws import Perturbation, draw_partner, draw_source
 from usae_probe.usae.initialisation import initialise_from_data, put_rows
-from usae_probe.usae.losses import Objective, StepLoss, Terms, alignment_loss, source_loss
+from usae_probe.usae.losses import Objective, StepLoss, Terms, alignment_loss, self_share, source_loss
+from usae_probe.usae.regularisation import regularisation
 from usae_probe.usae.residual import residual
 from usae_probe.usae.world import World
 
@@ -75,7 +76,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def step_of(
     usae: USAE, x: Tensor, source: str = "m/a", phase: Any = "main", step: int = 1, **settings: Any
 ) -> StepLoss:
-    objective = Objective(usae, checked(TrainConfig, {"aux_k": 0} | settings))
+    how = checked(TrainConfig, {"aux_k": 0, "self_share": "equal"} | settings)
+    objective = Objective(usae, how, dropout=regularisation(how, usae.d_in, n_rows=10**12).dropout)
     loss: StepLoss = objective.train()(x, phase, source, NO_DEAD, step)
     return loss
 
@@ -116,7 +118,9 @@ class TestL1:
 
     def test_in_training_it_is_what_is_recorded(self, buffer: ActivationBuffer) -> None:
         l1, mse = (
-            train(buffer, n_latents=32, k=3, steps=1, batch_size=50, loss=loss, log_every=1).history[0]
+            train(
+                buffer, n_latents=32, k=3, steps=1, batch_size=50, loss=loss, log_every=1, self_share="equal"
+            ).history[0]
             for loss in ("l1", "mse")
         )
         assert l1.loss == pytest.approx(sum(l1.losses.values()), rel=1e-5)
@@ -150,6 +154,63 @@ class TestSiteWeights:
         loss = Objective(usae, how)(x, "main", "m/a", NO_DEAD)
         torch.testing.assert_close(loss.total.detach(), loss.per_site.sum())
         assert draw_source(["m/a"], how, 4) == "m/a"
+
+
+class TestSelfShare:
+    @KERNELS
+    def test_oracle(self, kernel: str) -> None:
+        usae, x = case(kernel)
+        loss = step_of(usae, x, "n/b", self_share=0.7, site_weights={"n/b": 0.5, "o/c": 3.0})
+        p, rows = oracles.Parameters.of(usae), by_site(usae, x)
+        z_pre = p.z_pre(rows["n/b"], "n/b")
+        z = torch.relu(z_pre) * oracles.largest(z_pre, K)
+        a, b, c = (((rows[s] - p.decode(z, s)) ** 2).sum() / rows[s].numel() for s in SITES)
+        # three targets: .7 · 3 = 2.1 times the source's own error, (3 − 2.1) / 2 = .45 times each other one
+        total = 0.45 * a + 2.1 * 0.5 * b + 0.45 * 3 * c
+        torch.testing.assert_close(loss.total.detach(), total.detach(), **CLOSE)
+        torch.testing.assert_close(loss.per_site, torch.stack([a, b, c]).detach(), **CLOSE)  # unweighted
+        assert_same(grads(usae, loss.total), oracle_grads(usae, p, total))
+
+    @KERNELS
+    def test_in_the_alignment_warmup_every_site_is_a_source(self, kernel: str) -> None:
+        usae, x = case(kernel)
+        loss = step_of(usae, x, "all", phase="align", self_share=0.7)
+        p, rows = oracles.Parameters.of(usae), by_site(usae, x)
+        z_pre = {s: p.z_pre(rows[s], s) for s in SITES}
+        mask = oracles.largest(sum(z_pre.values()), K)  # type: ignore[arg-type]
+        total = torch.zeros((), dtype=torch.float64)
+        for s in SITES:
+            for t in SITES:
+                error = rows[t] - p.decode(torch.relu(z_pre[s]) * mask, t)
+                total = total + (2.1 if s == t else 0.45) * (error**2).sum() / error.numel() / 3
+        torch.testing.assert_close(loss.total.detach(), total.detach(), **CLOSE)
+        assert_same(grads(usae, loss.total), oracle_grads(usae, p, total))
+
+    def test_equal_shares_are_the_plain_sum(self) -> None:
+        usae, x = case()
+        plain, third = step_of(usae, x), step_of(usae, x, self_share=1 / 3)
+        torch.testing.assert_close(third.total, plain.total, **CLOSE)
+        torch.testing.assert_close(plain.total.detach(), plain.per_site.sum(), **CLOSE)
+
+    def test_auto_counts_it_as_often_as_there_are_sites(self) -> None:
+        # three of 3 + 1 + 1 parts: .6; its error counts 3 · .6 = 1.8 times, each other one 3 · .4 / 2 = .6 times
+        usae, x = case()
+        a, b, c = step_of(usae, x).per_site
+        auto = step_of(usae, x, "m/a", self_share="auto")
+        torch.testing.assert_close(auto.total.detach(), 1.8 * a + 0.6 * b + 0.6 * c, **CLOSE)
+        assert [self_share(TrainConfig(), m) for m in (1, 2, 3)] == [None, 2 / 3, 0.6]
+        assert self_share(TrainConfig(self_share=0.3), 3) == 0.3
+
+    def test_with_one_site_it_means_nothing(self) -> None:
+        usae = USAE({"m/a": 6}, N, K)
+        x = torch.randn(B, 6)
+        losses = [Objective(usae, TrainConfig(self_share=s, aux_k=0))(x, "main", "m/a", NO_DEAD) for s in (0.1, 0.9)]
+        assert losses[0].total.equal(losses[1].total)
+
+    @pytest.mark.parametrize("value", [1.0, -0.1, "own"])
+    def test_refusals(self, value: object) -> None:
+        with pytest.raises(ConfigError, match=f"config key 'self_share'.*given {value!r}"):
+            checked(TrainConfig, {"self_share": value})
 
 
 class TestSources:
@@ -314,8 +375,8 @@ class TestPerturbation:
 
     def test_only_in_training(self) -> None:
         usae, x = case()
-        how = TrainConfig(input_noise=0.5, latent_dropout=0.5, aux_k=0)
-        evaluated = Objective(usae, how).eval()(x, "main", "m/a", NO_DEAD, 1)
+        how = TrainConfig(input_noise=0.5, aux_k=0, self_share="equal")
+        evaluated = Objective(usae, how, dropout=0.5).eval()(x, "main", "m/a", NO_DEAD, 1)
         torch.testing.assert_close(evaluated.total, step_of(usae, x).total, **CLOSE)
 
 

@@ -1,4 +1,4 @@
-"""The optimiser: equal to projecting, clipping, torch's Adam and renormalising one after the other, in float64."""
+"""The optimiser: equal to clipping, torch's Adam and renormalising one after the other, in float64."""
 
 from __future__ import annotations
 
@@ -58,9 +58,6 @@ class Plain:
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         w = self.usae.W_dec
-        if w.grad is not None:
-            for k in range(len(w)):
-                w.grad[k] -= (w.grad[k] @ w[k]) / (w[k] @ w[k]) * w[k]
         norm = torch.nn.utils.clip_grad_norm_(self.usae.parameters(), self.grad_clip)
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -133,14 +130,14 @@ class TestAgainstSeparatePasses:
 
 
 def test_by_hand() -> None:
-    # one site, one latent with w = (3/5, 4/5), ‖w‖ = 1 = √M; g = (1, 2): g·w = 11/5, along w it is (33/25, 44/25),
-    # what is left (−8/25, 6/25) has norm 10/25 = .4, which is not clipped at 1. Adam's first step moves every entry
-    # against its sign by lr = .1 (bias-corrected m / √v is ±1): w = (.7, .7), renormalised (√½, √½).
+    # one site, one latent with w = (3/5, 4/5), ‖w‖ = 1 = √M; g = (−3, 4) has norm 5. Adam's first step moves every
+    # entry against its sign by lr = .1 (bias-corrected m / √v is ±1, clipped or not): w = (.7, .7), renormalised
+    # (√½, √½).
     usae = USAE({"a/x": 2}, n_latents=1, k=1).double()
     with torch.no_grad():
         usae.W_dec.copy_(torch.tensor([[0.6, 0.8]]))
-    put(usae, {"W_dec": torch.tensor([[1.0, 2.0]], dtype=torch.float64)})
-    assert ConstrainedAdam(usae, 1.0).step(0.1).item() == pytest.approx(0.4)
+    put(usae, {"W_dec": torch.tensor([[-3.0, 4.0]], dtype=torch.float64)})
+    assert ConstrainedAdam(usae, 1.0).step(0.1).item() == pytest.approx(5.0)
     torch.testing.assert_close(usae.W_dec.detach(), torch.full((1, 2), math.sqrt(0.5)).double(), rtol=1e-6, atol=0)
 
 

@@ -28,20 +28,24 @@ def buffer(tmp_path: Path) -> ActivationBuffer:
 
 
 def test_auto_by_hand() -> None:
-    # 40 dimensions, 200 rows: 60 · 40 / 200 = 12, 1.25 · .2 = .25; 10 dimensions: 60 · .05 = 3, 1.25 · .05 = .0625
-    found = regularisation(TrainConfig.model_validate(AUTO), D_IN, 200)
-    assert found.decay == pytest.approx({"m/a": 12.0, "n/b": 3.0})
-    assert found.dropout == pytest.approx({"m/a": 0.25, "n/b": 0.0625})
-    few = regularisation(TrainConfig.model_validate(AUTO), D_IN, 20)
-    assert few.dropout == {"m/a": 0.25, "n/b": 0.25}  # at most .25
-    many = regularisation(TrainConfig.model_validate(AUTO), D_IN, 10**9)
-    assert max(*many.decay.values(), *many.dropout.values()) < 1e-5  # it fades where rows are plenty
+    # 500 rows. 40 dimensions: 60 · 40 / 500 = 4.8; 10 dimensions: 60 · .02 = 1.2; of 25 in the mean: 3.4 · .05 = .17
+    found = regularisation(TrainConfig.model_validate(AUTO), D_IN, 500)
+    assert found.decay == pytest.approx({"m/a": 4.8, "n/b": 1.2})
+    assert found.dropout == pytest.approx(0.17)
+    assert found == regularisation(TrainConfig(), D_IN, 500)  # the default
+    alone = regularisation(TrainConfig(), {"n/b": 10}, 500)
+    assert alone.decay == pytest.approx({"n/b": 1.2})
+    assert alone.dropout == pytest.approx(3.4 * 0.02)
+    assert regularisation(TrainConfig(), D_IN, 20).dropout == 0.35  # at most
+    many = regularisation(TrainConfig(), D_IN, 10**9)
+    assert max(*many.decay.values(), many.dropout) < 1e-5  # it fades where rows are plenty
 
 
 def test_numbers_hold_for_all_sites() -> None:
     found = regularisation(TrainConfig(weight_decay=2.0, latent_dropout=0.1), D_IN, 200)
-    assert found == ({"m/a": 2.0, "n/b": 2.0}, {"m/a": 0.1, "n/b": 0.1})
-    assert regularisation(TrainConfig(), D_IN, 200) == ({"m/a": 0.0, "n/b": 0.0}, {"m/a": 0.0, "n/b": 0.0})
+    assert found == ({"m/a": 2.0, "n/b": 2.0}, 0.1)
+    none = regularisation(TrainConfig(weight_decay=0.0, latent_dropout=0.0), D_IN, 200)
+    assert none == ({"m/a": 0.0, "n/b": 0.0}, 0.0)
 
 
 def test_a_training_gets_them_by_its_training_rows(buffer: ActivationBuffer) -> None:
@@ -56,11 +60,11 @@ def test_a_training_gets_them_by_its_training_rows(buffer: ActivationBuffer) -> 
 @pytest.mark.usefixtures("one_thread")
 def test_auto_equals_the_numbers_it_stands_for(buffer: ActivationBuffer) -> None:
     settings = {"n_latents": 32, "k": 4, "steps": 12, "batch_size": 64, "sites": ["m/a"]}
-    numbers = regularisation(TrainConfig.model_validate(AUTO), D_IN, buffer.n_rows("train"))
+    numbers = regularisation(TrainConfig.model_validate(AUTO), {"m/a": D_IN["m/a"]}, buffer.n_rows("train"))
     auto = train(buffer, **settings, **AUTO).usae
-    given = train(buffer, **settings, weight_decay=numbers.decay["m/a"], latent_dropout=numbers.dropout["m/a"]).usae
+    given = train(buffer, **settings, weight_decay=numbers.decay["m/a"], latent_dropout=numbers.dropout).usae
     assert all(torch.equal(a, b) for a, b in zip(auto.state_dict().values(), given.state_dict().values(), strict=True))
-    plain = train(buffer, **settings).usae
+    plain = train(buffer, **settings, weight_decay=0.0, latent_dropout=0.0).usae
     assert auto.W_enc[0].norm() < plain.W_enc[0].norm()
 
 

@@ -26,6 +26,7 @@ from . import oracles
 
 MODULE = sys.modules[train.__module__]  # the package's attribute of that name is the function
 SITES = ["m/a", "n/b"]
+PLAIN: dict[str, Any] = {"self_share": "equal", "latent_dropout": 0.0}
 SMALL: dict[str, Any] = {"n_latents": 32, "k": 3, "steps": 20, "batch_size": 50}
 
 
@@ -191,8 +192,9 @@ class TestLoss:
 
     def test_all_sources_average(self, buffer: ActivationBuffer) -> None:
         # the same model and batch: the loss with source "all" is the mean of those of the two sources
-        how = TrainConfig(steps=1, align_warmup=0.0, source="all")
-        by_all = records(buffer, steps=1, align_warmup=0.0, source="all")[0]
+        given = PLAIN | {"steps": 1, "align_warmup": 0.0, "source": "all"}
+        how = TrainConfig(**given)
+        by_all = records(buffer, **given)[0]
         usae = usae_for(buffer, UsaeConfig(n_latents=32, k=3), how)
         rows = next(buffer.batches("train", 50, seed=0)).values
         x = torch.cat([usae.normalise(torch.from_numpy(rows[site]), site) for site in SITES], dim=1)
@@ -271,7 +273,7 @@ class TestRecords:
         assert [(record.step, record.r2) for record in history] == [(5, None)]
 
     def test_progress_sees_every_step(self, buffer: ActivationBuffer) -> None:
-        kept = records(buffer)
+        kept = records(buffer, **PLAIN)
         assert [record.step for record in kept] == list(range(1, 21))
         for record in kept:
             assert record.steps == 20

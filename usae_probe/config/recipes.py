@@ -18,6 +18,7 @@ PUBLISHED_FIXED: Mapping[str, Any] = MappingProxyType(
         "source": "random",
         "update": "source",
         "site_weights": None,
+        "self_share": "equal",
         "align_warmup": 0.0,
         "aux_k": 0,
         "contrastive_coef": 0.0,

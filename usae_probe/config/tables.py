@@ -113,6 +113,10 @@ class TrainConfig(Table):
     site_weights: dict[str, float] | None = Field(
         None, description="weight of each target in the loss, {'vit/blocks.11' = 2.0}; 1 where none is given"
     )
+    self_share: Share | Literal["auto", "equal"] = Field(
+        "auto",
+        description="share of the source's own error in the loss of M targets; auto: M / (2 M − 1); equal: 1 / M",
+    )
     source: str | dict[str, float] = Field(
         "random", description="site whose code is decoded in a step: random, all, or {site = weight} of being drawn"
     )
@@ -126,8 +130,8 @@ class TrainConfig(Table):
     contrastive_temperature: float = Field(0.1, gt=0, description="its temperature, for cosines")
     input_noise: float = Field(0.0, ge=0, description="Gaussian noise on the encoder's input, as a share of its spread")
     latent_dropout: Share | Literal["auto"] = Field(
-        0.0,
-        description="share of active latents left out in training; auto: 1.25 · d_in / training rows, at most .25",
+        "auto",
+        description="share of active latents left out in training; auto: 3.4 · mean d_in / training rows, at most .35",
     )
     init: Literal["random", "data"] = Field(
         "random", description="first decoder rows: random directions, or paired training rows drawn by seed"
@@ -140,7 +144,7 @@ class TrainConfig(Table):
     bandwidth: float = Field(0.5, gt=0, description="jumprelu: bandwidth of the thresholds' straight-through gradient")
     dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
     weight_decay: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        0.0, description="decoupled weight decay of the encoders; auto: 60 · d_in / training rows, by site"
+        "auto", description="decoupled weight decay of the encoders; auto: 60 · d_in / training rows, by site"
     )
     grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
     kernel: Literal["auto", "reference", "csr", "triton"] = Field(

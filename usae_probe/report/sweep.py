@@ -65,8 +65,14 @@ def shown_key(key: str, data: Mapping[str, Any]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """Spell a value as in TOML, strings bare."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    """Spell a value as in TOML, strings bare, large and small numbers short.
+
+    >>> shown_value(1e12), shown_value(0.003), shown_value(2042), shown_value([64, 128]), shown_value("all")
+    ('1e+12', '0.003', '2042', '[64,128]', 'all')
+    """
+    if isinstance(value, str):
+        return value
+    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value, separators=(",", ":"))
 
 
 def rows_measured(data: Mapping[str, Any]) -> str:
@@ -145,7 +151,7 @@ def _drawn(columns: Sequence[_Column], *, n_settings: int) -> Table:
 
 
 def _best(data: Mapping[str, Any]) -> Text | None:
-    """Say which combination is the best by cross-R² and by universal latents: R² alone does not see split latents."""
+    """Say which combination is the best by R² and by universal latents, and how many others are as good for a seed."""
     rows = [row for row in data["combinations"] if row["self_r2"]]
     if len(rows) < 2:
         return None
@@ -158,8 +164,15 @@ def _best(data: Mapping[str, Any]) -> Text | None:
         there = [row for row in rows if row[measure] and finite(row[measure]["mean"])]
         best = max(there, key=lambda row: row[measure]["mean"], default=None)
         if best and (measure != "universal" or best[measure]["mean"] > 0):
-            lines.append(f"most {name}: {_named(best, data)} ({spell(best[measure]['mean'])})")
+            value, equals = spell(best[measure]["mean"]), _equals(best, there, measure)
+            lines.append(f"most {name}: {_named(best, data)} ({value}){equals}")
     return Text("\n".join(lines)) if lines else None
+
+
+def _equals(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], measure: str) -> str:
+    """Say how many other combinations have a seed that is better than a seed of the best one."""
+    n = sum(row is not best and row[measure]["max"] > best[measure]["min"] for row in rows)
+    return f"; {n} other{'' if n == 1 else 's'} within the seeds' range" if n else ""
 
 
 def _failures(data: Mapping[str, Any]) -> RenderableType | None:

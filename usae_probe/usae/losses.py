@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,16 +62,19 @@ class Terms:
     Attributes:
         loss: `mse` or `l1`.
         weights: weight of each target, [m]; none for 1 each.
+        self_share: share s of the source's own error: with M targets it counts M s times, each other one
+            M (1 − s) / (M − 1) times, M in all as without it; none for all targets alike.
         own_only: gradients of the source's own encoder, decoder columns and biases alone (the published code).
         perturb: noise and dropout of the step; none for neither.
-        dropout: {site: share of its active latents that are left out}.
+        dropout: share of the active latents that are left out.
     """
 
     loss: Loss = "mse"
     weights: Float[Tensor, " m"] | None = None
+    self_share: float | None = None
     own_only: bool = False
     perturb: Perturbation | None = None
-    dropout: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
 
     def residual(
         self, usae: USAE, x: Float[Tensor, "b D"], product: Float[Tensor, "g b D"], b_dec: Float[Tensor, " D"]
@@ -80,17 +82,22 @@ class Terms:
         """Compare rows with what was decoded; b rows by each of g nested dictionaries count alike."""
         return residual(x, product, b_dec, usae.d_in, loss=self.loss, workspace=usae.workspace)
 
-    def summed(self, per_site: Float[Tensor, " m"]) -> Tensor:
-        """Return Σ_j w_j · error_j."""
-        return per_site.sum() if self.weights is None else (self.weights * per_site).sum()
+    def summed(self, per_site: Float[Tensor, " m"], source: int) -> Tensor:
+        """Return Σ_j w_j · error_j, the source's own error by its share."""
+        weighted, m = per_site if self.weights is None else self.weights * per_site, len(per_site)
+        total = weighted.sum()
+        if self.self_share is None:
+            return total
+        other = m * (1.0 - self.self_share) / (m - 1)
+        return other * total + (m * self.self_share - other) * weighted[source]
 
     def rows(self, x: RowMatrix) -> RowMatrix:
         """Return what the encoder is given in place of x̃; the target stays x̃."""
         return self.perturb.rows(x) if self.perturb else x
 
-    def values(self, z: Entries, source: str) -> Entries:
+    def values(self, z: Entries) -> Entries:
         """Return what the decoders are given in place of z."""
-        return self.perturb.values(z, self.dropout.get(source, 0.0)) if self.perturb else z
+        return self.perturb.values(z, self.dropout) if self.perturb else z
 
     def learning(self, usae: USAE, whole: Tensor, source: str) -> Tensor:
         """Return W_dec or b_dec of all sites; under `own_only` only the source's columns of it get a gradient."""
@@ -144,7 +151,7 @@ def source_loss(
     """
     rows = terms.rows(x[:, usae.columns[source]])
     coded = usae.code(rows, source)
-    x_hat = terms.decode_nested(usae, terms.values(coded.values, source), coded.support, source)
+    x_hat = terms.decode_nested(usae, terms.values(coded.values), coded.support, source)
     left, per_site = terms.residual(usae, x, x_hat, terms.learning(usae, usae.b_dec, source))
     aux = per_site.new_zeros(())
     n_dead = min(aux_k, int(dead.sum()))
@@ -155,7 +162,7 @@ def source_loss(
         guess = terms.decode(usae, values, spare, source)
         of_residual = current().mean(site_mse(usae, left[-1])).clamp_min(1e-12)
         aux = (site_mse(usae, left[-1] - guess) / of_residual).sum()
-    total = terms.summed(per_site) + aux_coef * aux + coded.penalty
+    total = terms.summed(per_site, usae.site_index(source)) + aux_coef * aux + coded.penalty
     fired, l0 = fired_latents(coded.values, coded.support), active_latents(coded.values, coded.support)
     return StepLoss(total, per_site.detach(), aux.detach(), fired, l0, coded.penalty.detach())
 
@@ -167,16 +174,18 @@ def alignment_loss(usae: USAE, x: Float[Tensor, "b D"], terms: Terms = PLAIN) ->
     model each, with the same decoder rows, take the place of one shared latent. Every encoder and decoder learns.
     """
     rows = {site: terms.rows(x[:, usae.columns[site]]) for site in usae.sites}
-    per_site, fired = [], torch.zeros(usae.n_latents, dtype=torch.bool, device=x.device)
+    per_site, totals, fired = [], [], torch.zeros(usae.n_latents, dtype=torch.bool, device=x.device)
     codes = usae.code_shared(rows)
-    for site, coded in codes.items():
-        values = terms.values(coded.values, site)
+    for i, coded in enumerate(codes.values()):
+        values = terms.values(coded.values)
         x_hat = decode_nested(usae.kernel, values, coded.support, usae.W_dec, usae.matryoshka)
         per_site.append(terms.residual(usae, x, x_hat, usae.b_dec).per_site)
+        totals.append(terms.summed(per_site[-1], i))
         fired |= fired_latents(coded.values, coded.support)
-    mean, penalty = torch.stack(per_site).mean(0), torch.stack([coded.penalty for coded in codes.values()]).mean()
+    penalty = torch.stack([coded.penalty for coded in codes.values()]).mean()
     l0 = torch.stack([active_latents(coded.values, coded.support) for coded in codes.values()]).mean()
-    return StepLoss(terms.summed(mean) + penalty, mean.detach(), mean.new_zeros(()), fired, l0, penalty.detach())
+    mean = torch.stack(per_site).mean(0).detach()
+    return StepLoss(torch.stack(totals).mean() + penalty, mean, mean.new_zeros(()), fired, l0, penalty.detach())
 
 
 def fired_latents(values: Entries, support: Support) -> Bool[Tensor, " n"]:
@@ -191,14 +200,23 @@ def active_latents(values: Entries, support: Support) -> Float[Tensor, ""]:
     return (values.detach() > 0).sum() / values.new_tensor(float(max(1, support.n_rows)))
 
 
+def self_share(how: TrainConfig, n_sites: int) -> float | None:
+    """Return the share of the source's own error in the loss, none for all targets alike.
+
+    `auto` counts it as often as there are sites, and each of the others once: M / (2 M − 1).
+    """
+    if how.self_share == "equal" or n_sites == 1:
+        return None
+    return n_sites / (2 * n_sites - 1) if how.self_share == "auto" else how.self_share
+
+
 class Objective(nn.Module):
     """What one step minimises, as a module: so that torch's wrappers (DistributedDataParallel) can go around it.
 
     Args:
         usae: the model that is trained.
         how: the objective's settings.
-        dropout: {site: share of its active latents left out in training}; default: `how.latent_dropout` where that is
-            a number.
+        dropout: share of the active latents left out in training, as `regularisation` gives it.
 
     Raises:
         ConfigError: when `source` or `site_weights` names a site that the model has not.
@@ -206,16 +224,15 @@ class Objective(nn.Module):
 
     target_weights: Tensor | None
 
-    def __init__(self, usae: USAE, how: TrainConfig, *, dropout: Mapping[str, float] | None = None) -> None:
+    def __init__(self, usae: USAE, how: TrainConfig, *, dropout: float = 0.0) -> None:
         super().__init__()
         check_weighted_sites(usae.sites, how)
-        self.usae, self.how = usae, how
-        share = 0.0 if how.latent_dropout == "auto" else how.latent_dropout
-        self.dropout = dict.fromkeys(usae.sites, share) if dropout is None else dict(dropout)
+        self.usae, self.how, self.dropout = usae, how, dropout
         weights = None
         if how.site_weights is not None and len(usae.sites) > 1:
             weights = usae.W_dec.new_tensor([how.site_weights.get(site, 1.0) for site in usae.sites])
         self.register_buffer("target_weights", weights, persistent=False)
+        self._self_share = self_share(how, len(usae.sites))
 
     def forward(
         self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"], step: int = 0
@@ -246,8 +263,8 @@ class Objective(nn.Module):
 
     def _terms(self, step: int) -> Terms:
         how, training = self.how, self.training
-        perturb = Perturbation(how, step) if training and (how.input_noise or any(self.dropout.values())) else None
-        return Terms(how.loss, self.target_weights, how.update == "source", perturb, self.dropout)
+        perturb = Perturbation(how, step) if training and (how.input_noise or self.dropout) else None
+        return Terms(how.loss, self.target_weights, self._self_share, how.update == "source", perturb, self.dropout)
 
     def _reconstruction(
         self, x: Float[Tensor, "b D"], phase: Phase, source: str, dead: Bool[Tensor, " n"], terms: Terms

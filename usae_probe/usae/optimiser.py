@@ -27,13 +27,13 @@ _OF_SITE = re.compile(r"\.(\d+)(\.|$)")  # an entry of a list with one per site:
 class ConstrainedAdam:
     """Adam on all parameters of a USAE, with the gradient's norm bounded and the decoder's rows kept at norm √M.
 
-    A step takes out of the decoder's gradient what would only change a row's norm, scales all gradients so that their
-    norm is at most `grad_clip`, does Adam's update and renormalises the decoder's rows:
+    A step scales all gradients so that their norm is at most `grad_clip`, does Adam's update and renormalises the
+    decoder's rows:
 
-        g_k ← g_k − (g_k · w_k) w_k / M,   c = min(1, grad_clip / ‖g‖),   Adam(c g),   w_k ← √M w_k / ‖w_k‖,
+        c = min(1, grad_clip / ‖g‖),   Adam(c g),   w_k ← √M w_k / ‖w_k‖,
 
-    in two passes over the decoder: the projected norm is had from ‖g_k‖² − (g_k · w_k)² / M before anything is
-    projected, and the rest is done piece by piece. Parameters without a gradient stay as they are, their moments and
+    the last two piece by piece in one pass over the decoder. What of a gradient points along its row is not taken out
+    before: renormalising takes it out of the step. Parameters without a gradient stay as they are, their moments and
     step counts too. Adam as in torch.optim (arXiv 1412.6980), weight decay decoupled from it (arXiv 1711.05101).
 
     Args:
@@ -69,10 +69,10 @@ class ConstrainedAdam:
         chosen = range(len(usae.sites)) if sites is None else [usae.site_index(site) for site in sites]
         slots = {name: self._slot(name) for name, p in usae.named_parameters() if _learns(name, p, chosen)}
         decoder = slots.pop("W_dec", None)
-        rows = [] if decoder is None else self._rows(decoder.whole(), sites)
+        rows = [] if decoder is None else decoder.pieces(chosen)
         pieces = {name: slot.pieces(chosen) for name, slot in slots.items()}
-        squares = [part.square() for part in rows]
-        squares += [torch.linalg.vector_norm(piece.grad).square() for some in pieces.values() for piece in some]
+        learning = [*rows, *(piece for some in pieces.values() for piece in some)]
+        squares = [torch.linalg.vector_norm(piece.grad).square() for piece in learning]
         if not squares:
             return usae.W_dec.new_zeros(())
         norm = torch.stack(squares).sum().sqrt()
@@ -83,7 +83,7 @@ class ConstrainedAdam:
             some = [piece for name in pieces if self._decay.get(name, 0.0) == decay for piece in pieces[name]]
             rule.update(some, decay)
         if decoder is not None:
-            self._update_decoder(decoder.pieces(chosen), rows, rule)
+            self._update_decoder(rows, sites, rule)
             decoder.advance(chosen)
         for slot in slots.values():
             slot.advance(chosen)
@@ -111,18 +111,15 @@ class ConstrainedAdam:
             self._slots[name] = _Slot(self.usae.get_parameter(name), sites)
         return self._slots[name]
 
-    def _rows(self, w_dec: _Piece, sites: Sequence[str] | None) -> list[_Rows]:
-        if sites is None:
-            return [_Rows(w_dec, slice(None), math.sqrt(len(self.usae.sites)))]
-        return [_Rows(w_dec, self.usae.columns[site], None) for site in sites]
-
-    def _update_decoder(self, pieces: list[_Piece], rows: list[_Rows], rule: _Rule) -> None:
-        for chunk in chunks(self.usae.W_dec):
-            for part in rows:
-                part.project(chunk)
+    def _update_decoder(self, pieces: list[_Piece], sites: Sequence[str] | None, rule: _Rule) -> None:
+        w_dec = self.usae.W_dec.detach()
+        parts = [w_dec] if sites is None else [w_dec[:, self.usae.columns[site]] for site in sites]
+        root = torch.tensor(math.sqrt(len(self.usae.sites)), device=w_dec.device, dtype=w_dec.dtype)
+        for chunk in chunks(w_dec):
+            norms = [root] if sites is None else [_norms(part[chunk]) for part in parts]
             rule.update([piece.rows(chunk) for piece in pieces])
-            for part in rows:
-                part.renormalise(chunk)
+            for part, norm in zip(parts, norms, strict=True):
+                part[chunk].mul_(norm / _norms(part[chunk]).clamp_min(1e-12))
 
 
 class _Piece(NamedTuple):
@@ -176,37 +173,6 @@ class _Slot:
             self.steps[i] += 1
 
 
-class _Rows:
-    """Some columns of the decoder, whose rows keep their norm: the given one, or that which they have."""
-
-    def __init__(self, piece: _Piece, columns: slice, norm: float | None) -> None:
-        self.w, self.g, self.norm = piece.value[:, columns], piece.grad[:, columns], norm
-        self.along = self.w.new_empty(len(self.w), 1)
-        self.norms = self.w.new_full((len(self.w), 1), norm or 0.0)
-
-    def square(self) -> Tensor:
-        """Find out how much of each gradient row points along its row; returns ‖g‖² of what is left."""
-        squares, scratch = [], None
-        for chunk in chunks(self.w):
-            g, w, along = self.g[chunk], self.w[chunk], self.along[chunk]
-            scratch = torch.empty_like(g) if scratch is None else scratch[: len(g)]
-            dots = torch.mul(g, w, out=scratch).sum(1, keepdim=True)
-            if self.norm is None:
-                torch.linalg.vector_norm(w, dim=1, keepdim=True, out=self.norms[chunk])
-            torch.div(dots, self.norms[chunk].square().clamp_min(1e-24), out=along)
-            squares.append(torch.linalg.vector_norm(g, dim=1).square().sum() - (dots * along).sum())
-        return torch.stack(squares).sum().clamp_min(0.0)
-
-    def project(self, chunk: slice) -> None:
-        """Take out of the gradient what points along the rows."""
-        self.g[chunk].addcmul_(self.along[chunk], self.w[chunk], value=-1.0)
-
-    def renormalise(self, chunk: slice) -> None:
-        """Give the rows their norm back."""
-        now = torch.linalg.vector_norm(self.w[chunk], dim=1, keepdim=True).clamp_min(1e-12)
-        self.w[chunk].mul_(self.norms[chunk] / now)
-
-
 class _Rule:
     """Adam's update of one step, with gradients scaled so that their norm is at most `clip`.
 
@@ -257,6 +223,11 @@ def chunks(matrix: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK.get(matrix.device.type, CHUNK["cpu"]) // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), size):
         yield slice(start, min(start + size, len(matrix)))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norms
 
 
 def _learns(name: str, parameter: Tensor, chosen: Sequence[int]) -> bool:
