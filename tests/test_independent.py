@@ -22,7 +22,7 @@ from usae_probe.usae import StepRecord, TrainResult, encoder_updates, train
 from usae_probe.usae.independent import one_site
 
 from .tiny_run import CONFIG, changed, put_tiny_run
-from .trainings import Stopped, related_rows, same
+from .trainings import PLAIN, Stopped, related_rows, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,7 +140,11 @@ def test_fewer_updates_see_the_first_batches(buffer: ActivationBuffer, monkeypat
 
 def test_the_steps_behind_the_weights_are_matched(buffer: ActivationBuffer) -> None:
     """A run that kept its best validation is matched by that step; one that stopped early by the steps it took."""
-    quick = SETTINGS | {"steps": 32, "validate_every": 2, "lr": 0.1, "log_every": 32, "weight_decay": 0.0}
+    quick = (
+        SETTINGS
+        | {"steps": 32, "validate_every": 2, "lr": 0.2, "lr_final": 1.0, "log_every": 32, "weight_decay": 0.0}
+        | PLAIN
+    )
     kept = train(buffer, keep="best", **quick)
     assert kept.best is not None
     assert kept.best.step < kept.taken == kept.planned == 32

@@ -583,7 +583,15 @@ class TestConfig:
         assert not recwarn.list
 
 
-SMALL: dict[str, Any] = {"n_latents": 32, "k": 4, "batch_size": 64, "validate_every": 7, "aux_k": 8, "dead_after": 5}
+SMALL: dict[str, Any] = {
+    "self_share": "equal",
+    "n_latents": 32,
+    "k": 4,
+    "batch_size": 64,
+    "validate_every": 7,
+    "aux_k": 8,
+    "dead_after": 5,
+}
 CHANGES: dict[str, dict[str, Any]] = {
     **{name: {"sparsity": name} | SETTINGS.get(name, {}) for name in NAMES},
     "topk nested": {"matryoshka": [8, 16, 32]},

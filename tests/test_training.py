@@ -23,10 +23,10 @@ from usae_probe.usae import StepRecord, TrainResult, losses, train, train_steps,
 from usae_probe.usae.schedule import learning_rate
 
 from . import oracles
+from .trainings import PLAIN
 
 MODULE = sys.modules[train.__module__]  # the package's attribute of that name is the function
 SITES = ["m/a", "n/b"]
-PLAIN: dict[str, Any] = {"self_share": "equal", "latent_dropout": 0.0}
 SMALL: dict[str, Any] = {"n_latents": 32, "k": 3, "steps": 20, "batch_size": 50}
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.usae import USAE
+
+
+PLAIN: dict[str, Any] = {"self_share": "equal", "latent_dropout": 0.0}
+"""Settings of a training whose loss is the plain sum of its targets' errors."""
 
 
 class Stopped(Exception):
