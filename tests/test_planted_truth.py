@@ -109,9 +109,11 @@ def test_without_the_warmup_shared_atoms_split(recipe: Outcome, without_warmup: 
 
 
 def test_mispaired_rows_have_nothing_universal(mispaired: Outcome) -> None:
-    assert mispaired.report.counts["universal"] == 0
-    assert mispaired.report.counts["partial"] == 0
+    counts = mispaired.report.counts
+    assert counts["universal"] == 0
     assert mispaired.report.universal == []
+    # some latents have an atom in each model, 1 in 128 of them the same one by coincidence: that is no invention
+    assert counts["partial"] <= 0.005 * (512 - counts["dead"])
     for site, other in (("left/layer", "right/layer"), ("right/layer", "left/layer")):
         assert mispaired.found.r2[site][other] < 0.05
         assert mispaired.found.r2[site][site] > 0.5  # each model by itself is learnt

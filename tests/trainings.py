@@ -11,7 +11,6 @@ import torch
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.usae import USAE
 
-
 PLAIN: dict[str, Any] = {"self_share": "equal", "latent_dropout": 0.0}
 """Settings of a training whose loss is the plain sum of its targets' errors."""
 
