@@ -50,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "nested dictionaries": {"matryoshka": [512, 1024, 2042]},
     "published, 5,000 steps of 256": {"recipe": "published", "steps": 5000, "batch_size": 256},
     "the same, lr 1e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 1e-3},
+    "the same, lr 3e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 3e-3},
 }
 FOLDS = 5
 
