@@ -33,8 +33,8 @@ class ConstrainedAdam:
         c = min(1, grad_clip / ‖g‖),   Adam(c g),   w_k ← √M w_k / ‖w_k‖,
 
     the last two piece by piece in one pass over the decoder. What of a gradient points along its row is not taken out
-    before: renormalising undoes what it does to the norm. Parameters without a gradient stay as they are, their moments and
-    step counts too. Adam as in torch.optim (arXiv 1412.6980), weight decay decoupled from it (arXiv 1711.05101).
+    before: renormalising undoes what it does to the norm. Parameters without a gradient stay as they are, their moments
+    and step counts too. Adam as in torch.optim (arXiv 1412.6980), weight decay decoupled from it (arXiv 1711.05101).
 
     Args:
         usae: the model; moved to its device before.
