@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "rows mispaired": {"pairing": "shuffled"},
     "nothing against overfitting": PLAIN,
-    "the same, batches of 256": PLAIN | {"batch_size": 256},
+    "nothing against overfitting, batches of 256": PLAIN | {"batch_size": 256},
     "no weight decay": {"weight_decay": 0.0},
     "no latent dropout": {"latent_dropout": 0.0},
     "all targets alike": {"self_share": "equal"},
@@ -48,9 +48,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "input noise of .3": {"input_noise": 0.3},
     "start from data": {"init": "data"},
     "nested dictionaries": {"matryoshka": [512, 1024, 2042]},
-    "published, 5,000 steps of 256": {"recipe": "published", "steps": 5000, "batch_size": 256},
-    "the same, lr 1e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 1e-3},
-    "the same, lr 3e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 3e-3},
+    "published, 5,000 steps of 256, lr 3e-4": {"recipe": "published", "steps": 5000, "batch_size": 256},
+    "published, 5,000 steps of 256, lr 1e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 1e-3},
+    "published, 5,000 steps of 256, lr 3e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 3e-3},
 }
 FOLDS = 5
 
