@@ -13,10 +13,8 @@ from usae_probe.config import TrainConfig
 from usae_probe.errors import ConfigError, UsaeProbeWarning
 from usae_probe.usae import USAE, Support, choose_kernel, select_topk
 from usae_probe.usae.kernels import CsrKernel, ReferenceKernel, SiteEncoder, choose, triton_kernel
-from usae_probe.usae.kernels.precision import bf16_problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HAS_BF16 = bf16_problem(CPU, torch.float32) is None
 
 
 @pytest.fixture(autouse=True)
@@ -113,13 +111,17 @@ def test_config_has_every_kernel() -> None:
 
 class TestPrecision:
     def test_bf16_that_is_not_to_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         name, said = chosen("csr", CPU, torch.float32, "bf16")
         assert name == "csr"
         assert len(said) == 1
-        assert "this processor has no bfloat16 instructions" in said[0]
+        assert "this processor has no matrix units for bfloat16" in said[0]
         assert choose_kernel("csr", CPU, torch.float32, "bf16").precision == "fp32"
+
+    def test_bf16_with_amx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        assert chosen("csr", CPU, torch.float32, "bf16") == ("csr", [])
+        assert choose_kernel("csr", CPU, torch.float32, "bf16").precision == "bf16"
 
     def test_bf16_needs_a_sparse_kernel_and_float32(self) -> None:
         assert "the reference kernel has none" in chosen("reference", CPU, torch.float32, "bf16")[1][0]
@@ -141,8 +143,8 @@ class TestPrecision:
             kernel.at(z_pre, support, x, encoder).view(16, 5), exact.gather(1, support.columns.view(16, 5))
         )
 
-    @pytest.mark.skipif(not HAS_BF16, reason="this processor has no bfloat16 instructions")
-    def test_gradients_are_those_of_the_selected_latents(self) -> None:
+    def test_gradients_are_those_of_the_selected_latents(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
         usae = USAE({"a/x": 30}, n_latents=200, k=4, kernel="csr", precision="bf16")
         x = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
         coded = usae.code(x, "a/x")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import usae_probe.usae.state as state_module
 from usae_probe.buffer import ActivationBuffer
@@ -59,6 +60,19 @@ def test_stopped_and_resumed_equals_uninterrupted(buffer: ActivationBuffer, tmp_
     resumed = train(buffer, resume=tmp_path / "state", **SETTINGS)
     assert same(whole.usae, resumed.usae)
     assert resumed.history == [record for record in whole.history if record.step > step]
+
+
+def test_seconds_are_those_of_all_parts(buffer: ActivationBuffer, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    stopped_at(13, buffer, state)
+    with safe_open(state, framework="pt") as file:
+        about = file.metadata()
+    numbers = json.loads(about["numbers"])
+    assert 0.0 < numbers["seconds"] < 60.0
+    about["numbers"] = json.dumps(numbers | {"seconds": 1000.0})
+    save_file(load_file(state), state, metadata=about)
+    assert 1000.0 < train(buffer, resume=state, **SETTINGS).seconds < 1060.0
+    assert train(buffer, **SETTINGS).seconds < 60.0
 
 
 def test_a_state_of_another_training_is_not_used(buffer: ActivationBuffer, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ the end. Trainings are kept in `--out` and not repeated; two run side by side, w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,19 +70,27 @@ class Job(NamedTuple):
 
 
 def trained(job: Job, buffer: ActivationBuffer) -> USAE:
-    """Return the USAE of a job, from its file where there is one."""
-    label = f"{job.name} {job.alone or ''} {job.seed}"
-    path = job.out / f"{''.join(c if c.isalnum() else '_' for c in label)}.safetensors"
-    if path.is_file():
-        return USAE.load(path)
+    """Return the USAE of a job, from its file where there is one of these very settings and rows."""
     settings = BASE | RECIPES.get(job.name, {}) | {"seed": job.seed}
     shape, how = settled((UsaeConfig(), TrainConfig()), settings)
     sites = list(job.sites)
     if job.alone:
         how, sites = one_site(how, encoder_updates(job.sites, how, how.steps)[job.alone]), [job.alone]
+    path = job.out / f"{_label(job)}-{_digest(buffer, sites, shape, how)}.safetensors"
+    if path.is_file():
+        return USAE.load(path)
     usae = train(buffer, sites=sites, usae_config=shape, train_config=how).usae
     usae.save(path)
     return usae
+
+
+def _label(job: Job) -> str:
+    return "_".join(re.findall(r"\w+", f"{job.name} {job.alone or ''} {job.seed}"))
+
+
+def _digest(buffer: ActivationBuffer, sites: Sequence[str], *settings: UsaeConfig | TrainConfig) -> str:
+    whole = [buffer.identity, list(sites), *(some.model_dump(mode="json") for some in settings)]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def measured(job: Job) -> dict[str, Any]:

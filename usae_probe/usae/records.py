@@ -68,7 +68,7 @@ class TrainResult(NamedTuple):
     Attributes:
         usae: the USAE, with the weights that `keep` asked for.
         history: the records kept of its training.
-        seconds: how long it took.
+        seconds: how long it took, in all its parts if it was stopped between.
         usae_config, train_config: the settings it was trained with.
         taken: steps taken; `planned` those that the settings asked for.
         best: the best validation; none without validations in the main phase.

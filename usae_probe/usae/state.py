@@ -23,7 +23,7 @@ from ..errors import NonFiniteError
 from ..files import replacing
 
 SECONDS = 60.0
-_LAYOUT = 2  # of the file; a state of another one is not used
+_LAYOUT = 3  # of the file; a state of another one is not used
 
 
 @runtime_checkable

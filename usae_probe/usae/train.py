@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def train(
 
     Returns:
         the USAE, the records of every `log_every`-th step, of the last and of those with a validation R², and the
-        seconds spent.
+        seconds spent, also before it was stopped.
 
     Raises:
         ConfigError: for an unknown setting or a value out of range, or batches that `world` cannot divide equally.
@@ -74,7 +73,7 @@ def train(
             "train() has no run folder for TensorBoard's files", hint="give progress=TensorBoardCallback(folder)"
         )
     shape, how = settled((usae_config or UsaeConfig(), train_config or TrainConfig()), settings)
-    started, world = time.perf_counter(), world or World()
+    world = world or World()
     training = Training(usae_for(buffer, shape, how, sites=sites, world=world), buffer, how, world)
     state = None
     if resume:
@@ -90,7 +89,7 @@ def train(
     return TrainResult(
         usae=training.usae,
         history=history,
-        seconds=time.perf_counter() - started,
+        seconds=training.seconds,
         usae_config=shape,
         train_config=how,
         taken=training.step,

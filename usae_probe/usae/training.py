@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
@@ -62,6 +63,12 @@ class Training:
         self.average = Average(self.objective, how.ema, usae) if how.ema else None
         self.last: USAE | None = None
         self._last_good: Callable[[], str] = lambda: ""
+        self._before, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken until now, in all its parts if it was stopped between."""
+        return self._before + time.perf_counter() - self._since
 
     def records(self, last_good: Callable[[], str] | None = None) -> Iterator[StepRecord]:
         """Do the steps that are left; at the end, not before, the USAE has the weights that `keep` asks for.
@@ -206,7 +213,7 @@ class Training:
 
     def numbers(self) -> dict[str, Any]:
         """Return the rest of what they depend on, for JSON."""
-        return {"step": self.step, **self.watch.numbers()}
+        return {"step": self.step, "seconds": self.seconds, **self.watch.numbers()}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go on from a state that `tensors` and `numbers` gave."""
@@ -220,7 +227,8 @@ class Training:
             self.average.load(parts["average"])
         self.silent.copy_(tensors["silent"])
         self.watch.load(numbers, parts.get("best", {}))
-        self.step = numbers["step"]
+        self.step, self._before = numbers["step"], numbers["seconds"]
+        self._since = time.perf_counter()
 
 
 def _normalised(usae: USAE, rows: Mapping[str, np.ndarray]) -> Tensor:
