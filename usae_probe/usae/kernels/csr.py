@@ -17,7 +17,7 @@ from .workspace import Workspace
 DENSE_SHARE = 0.15
 """Share of z's places that are entries, above which the dense product is faster (measured, see tests/benchmarks)."""
 _STRIP = 128  # columns of the right factor taken together where its rows are read often: they then stay in the cache
-_OFTEN = 8  # entries per row, of the right factor and of the result, from which that pays
+_OFTEN = 8  # entries per row of the right factor from which that pays
 _CACHE = 2 << 20  # bytes of such a strip, at most
 _PART = 8 << 20  # bytes of a result made together, before they go to their place: not fresh memory for each
 
@@ -101,8 +101,9 @@ class CsrProducts:
         source, values = source.detach(), values.detach()
         if not len(columns):
             return source.new_zeros(rows, d)
-        often = len(columns) >= _OFTEN * max(rows, len(source))
-        if often and d > _STRIP and len(source) * _STRIP * source.itemsize <= _CACHE:
+        width = _STRIP * source.itemsize
+        fits = len(source) * width <= _CACHE and rows * width <= _PART
+        if fits and d > _STRIP and len(columns) >= _OFTEN * len(source):
             out = self.workspace.empty((rows, d), source.dtype, source.device)
             for start in range(0, d, _STRIP):
                 strip = slice(start, start + _STRIP)
