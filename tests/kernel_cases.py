@@ -70,18 +70,18 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, most_rows: int = 7) -> Case:
     return drawn(counts, d, n, draw(st.integers(0, 2**20)), dtype, repeats=draw(st.booleans()))
 
 
-def through(kernel: Kernel, case: Case, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """relu(z_pre) at the support, and what it decodes to."""
+def through(kernel: Kernel, case: Case, leaves: list[Tensor], *, anew: bool = False) -> tuple[Tensor, Tensor]:
+    """relu(z_pre) at the support, gathered or computed anew, and what it decodes to."""
     x, *encoder, w_dec = leaves
     site, support = SiteEncoder(*encoder), case.support
-    values = torch.relu(kernel.at(kernel.pre(x, site), support, x, site))
+    values = torch.relu(kernel.at(None if anew else kernel.pre(x, site), support, x, site))
     return values, kernel.decode(values, support, w_dec)
 
 
-def by_kernel(kernel: Kernel, case: Case) -> list[Tensor]:
+def by_kernel(kernel: Kernel, case: Case, *, anew: bool = False) -> list[Tensor]:
     """Values, x_hat and the gradients of x, w_enc, b_enc, b_dec and w_dec."""
     leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
-    values, x_hat = through(kernel, case, leaves)
+    values, x_hat = through(kernel, case, leaves, anew=anew)
     total = (values * case.grad_values).sum() + (x_hat * case.grad_x_hat).sum()
     return [values, x_hat, *torch.autograd.grad(total, leaves)]
 
@@ -103,9 +103,11 @@ def by_oracle(case: Case) -> list[Tensor]:
 
 
 def assert_equals_oracle(kernel: Kernel, case: Case) -> None:
-    for found, expected in zip(by_kernel(kernel, case), by_oracle(case), strict=True):
-        assert found.dtype == case.x.dtype
-        torch.testing.assert_close(found.double(), expected, **TOLERANCE[case.x.dtype])
+    oracle = by_oracle(case)
+    for anew in (False, True):
+        for found, expected in zip(by_kernel(kernel, case, anew=anew), oracle, strict=True):
+            assert found.dtype == case.x.dtype
+            torch.testing.assert_close(found.double(), expected, **TOLERANCE[case.x.dtype])
 
 
 def strided(case: Case) -> Case:

@@ -88,16 +88,18 @@ def source_loss(
     return sum(mse.values()) + aux_coef * aux, mse, aux
 
 
-def alignment_loss(p: Parameters, x: Mapping[str, Tensor], k: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Total and normalised MSE by target, over all sources with one support: the top k of Σ_i z_pre,i."""
-    z_pre = {site: p.z_pre(x[site], site) for site in x}
+def alignment_loss(
+    p: Parameters, x: Mapping[str, Tensor], k: int, sources: Sequence[str] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Total and normalised MSE by target, over sources (all) with one support: the top k of their Σ_i z_pre,i."""
+    z_pre = {site: p.z_pre(x[site], site) for site in sources or x}
     mask = largest(sum(z_pre.values()), k)
     mse = {site: torch.zeros((), dtype=torch.float64) for site in x}
-    for source in x:
+    for source in z_pre:
         z = torch.relu(z_pre[source]) * mask
         for target in x:
             error = x[target] - p.decode(z, target)
-            mse[target] = mse[target] + (error**2).sum() / error.numel() / len(x)
+            mse[target] = mse[target] + (error**2).sum() / error.numel() / len(z_pre)
     return sum(mse.values()), mse
 
 

@@ -19,7 +19,7 @@ from usae_probe.errors import ConfigError, UsaeProbeWarning
 from usae_probe.usae import USAE, StepRecord, train, train_steps, usae_for
 from usae_probe.usae.average import Average
 from usae_probe.usae.reconstruction import Matrix
-from usae_probe.usae.validation import FEW_ROWS, Watch, cross_r2, validation_r2
+from usae_probe.usae.validation import Watch, cross_r2, validation_r2
 
 from . import oracles
 from .trainings import Stopped, same
@@ -250,18 +250,6 @@ class TestRefusals:
             with pytest.raises(ConfigError, match=f"{key} = .* goes by R² on validation rows, .* has 0"):
                 train(buffer, n_latents=8, k=2, steps=2, **{key: value})
         assert Watch(TrainConfig(), buffer).best is None
-
-    def test_few_validation_rows_are_told(self, tmp_path: Path) -> None:
-        rows = {"m/a": np.random.default_rng(0).normal(size=(300, 8))}
-        few = ActivationBuffer.from_arrays(rows, tmp_path / "few", validation=0.2)
-        enough = ActivationBuffer.from_arrays(rows, tmp_path / "enough", validation=0.5)
-        assert few.n_rows("validation") < FEW_ROWS <= enough.n_rows("validation")
-        with pytest.warns(
-            UsaeProbeWarning, match=r"keep = 'best' goes by R² on validation rows, .* has \d+: which step"
-        ):
-            Watch(TrainConfig(keep="best"), few)
-        Watch(TrainConfig(), few)
-        Watch(TrainConfig(keep="best"), enough)
 
 
 def test_one_that_can_never_stop_is_told(buffer: ActivationBuffer) -> None:

@@ -18,7 +18,7 @@ from usae_probe import ActivationBuffer, Run, RunConfig, evaluate, train_indepen
 from usae_probe.buffer import Rows
 from usae_probe.config import TrainConfig
 from usae_probe.errors import ConfigError, StageError, UsageError
-from usae_probe.usae import StepRecord, TrainResult, encoder_updates, train
+from usae_probe.usae import StepRecord, TrainResult, encoder_updates, sources_of, train, train_steps, usae_for
 from usae_probe.usae.independent import one_site
 
 from .tiny_run import CONFIG, changed, put_tiny_run
@@ -110,6 +110,26 @@ def test_encoder_updates_are_those_of_the_training(buffer: ActivationBuffer, sou
         assert len(set(counted.values())) == 2
     found = train_independent(buffer, like=run, updates="encoder")
     assert {site: len(result.history) for site, result in found.items()} == dict(counted)
+
+
+def test_encoder_updates_where_sites_are_drawn_to_be_aligned(tmp_path: Path) -> None:
+    """A step of the warm-up moves the encoders of `align_sites` sites; they are the ones that are counted."""
+    rng = np.random.default_rng(0)
+    sites = ["a/x", "b/y", "c/z", "d/w"]
+    buffer = ActivationBuffer.from_arrays({s: rng.normal(size=(300, 9)) for s in sites}, tmp_path / "acts")
+    settings = SETTINGS | {"align_warmup": 0.5, "align_sites": 2, "aux_k": 0}
+    run = train(buffer, **settings)
+    counted = Counter(site for r in run.history for site in sources_of(r.source, sites))
+    assert [len(sources_of(r.source, sites)) for r in run.history] == [2] * 10 + [1] * 10
+    assert encoder_updates(sites, run.train_config, 20) == dict(counted)
+    how = TrainConfig(**{key: value for key, value in settings.items() if key in TrainConfig.model_fields})
+    usae = usae_for(buffer, run.usae_config, how)
+    before = [w.detach().clone() for w in usae.W_enc]
+    for record in train_steps(usae, buffer, how):
+        now = [w.detach().clone() for w in usae.W_enc]
+        moved = [site for site, old, new in zip(sites, before, now, strict=True) if not old.equal(new)]
+        assert moved == list(sources_of(record.source, sites))
+        before = now
 
 
 def test_moved_encoders_are_the_counted_ones(buffer: ActivationBuffer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,20 +88,41 @@ def test_source_loss(kernel: str, dtype: torch.dtype, source: str, mask: Tensor,
     assert_same_gradients(usae, p, like=close)
 
 
+def test_aligning_keeps_no_encoder_product() -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    class Spied(USAE):
+        def z_pre(self, x_normalised: Tensor, site: str) -> Tensor:
+            z_pre = super().z_pre(x_normalised, site)
+            made.append(weakref.ref(z_pre))
+            assert sum(ref() is not None for ref in made) <= 2  # the sum, and one to be added
+            return z_pre
+
+    usae = Spied(DIMS, N, K, kernel="csr")
+    rows = {site: torch.randn(B, d) for site, d in DIMS.items()}
+    codes = usae.code_shared(rows)
+    assert len(made) == 3
+    assert [ref() for ref in made] == [None] * 3
+    assert all(coded.values.grad_fn is not None for coded in codes.values())
+
+
 @BOTH
-def test_alignment_loss(kernel: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("source", ["all", "m/a + o/c", "n/b + o/c"])
+def test_alignment_loss(kernel: str, dtype: torch.dtype, source: str) -> None:
     usae, x = case(kernel, dtype)
-    loss = alignment_loss(usae, x)
+    loss = alignment_loss(usae, x, source)
     loss.total.backward()
     p = oracles.Parameters.of(usae)
-    total, mse = oracles.alignment_loss(p, by_site(usae, x), K)
+    sources = list(DIMS) if source == "all" else source.split(" + ")
+    total, mse = oracles.alignment_loss(p, by_site(usae, x), K, sources)
     total.backward()
     close = tolerance(dtype)
     torch.testing.assert_close(loss.total.double(), total, **close)
     torch.testing.assert_close(loss.per_site.double(), torch.stack(list(mse.values())).detach(), **close)
     assert_same_gradients(usae, p, like=close)
     assert float(loss.aux) == 0
-    assert all(parameter.grad.any() for parameter in usae.parameters())  # every encoder and every decoder learns
+    learning = [parameter for parameter in usae.parameters() if parameter.grad is not None and parameter.grad.any()]
+    assert len(learning) == 2 + 2 * len(sources)  # the sources' encoders and all decoders
 
 
 def test_mse_by_hand() -> None:

@@ -104,7 +104,7 @@ class TestL1:
 
     def test_alignment_has_it_too(self) -> None:
         usae, x = case()
-        loss = alignment_loss(usae, x, Terms("l1"))
+        loss = alignment_loss(usae, x, terms=Terms("l1"))
         p, rows = oracles.Parameters.of(usae), by_site(usae, x)
         z_pre = {s: p.z_pre(rows[s], s) for s in SITES}
         mask = oracles.largest(sum(z_pre.values()), K)  # type: ignore[arg-type]
@@ -339,7 +339,7 @@ class TestPerturbation:
     def test_the_encoder_sees_noise_and_the_target_is_clean(self, phase: str) -> None:
         usae, x = case()
         how: dict[str, Any] = {"input_noise": 0.5, "seed": 4}
-        loss = step_of(usae, x, "n/b", phase=phase, step=9, **how)
+        loss = step_of(usae, x, "all" if phase == "align" else "n/b", phase=phase, step=9, **how)
         perturb = Perturbation(checked(TrainConfig, how), 9)
         p, rows = oracles.Parameters.of(usae), by_site(usae, x)
         sources = SITES if phase == "align" else ["n/b"]

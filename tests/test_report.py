@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console, RenderableType
 
@@ -98,13 +99,14 @@ def test_a_number_that_is_none_is_legible_in_the_matrix(tmp_path: Path) -> None:
         history(sites_of(1)),
         history(sites_of(2)),
         history(sites_of(3), source="all"),
+        history(sites_of(4), source=" + ".join(sites_of(4)[1:3])),
         history(sites_of(12)),
         history(sites_of(2), r2=NAN),
         history(sites_of(2), r2=None),  # as history.jsonl spells NaN
         history(sites_of(2))[:1],
         [],
     ],
-    ids=["one site", "two", "all sources", "twelve", "nan", "null", "one record", "no record"],
+    ids=["one site", "two", "all sources", "two of four", "twelve", "nan", "null", "one record", "no record"],
 )
 def test_training_curves_are_a_picture_of_the_right_size(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     figures.training_curves(records, tmp_path / "training.png")
@@ -112,6 +114,14 @@ def test_training_curves_are_a_picture_of_the_right_size(tmp_path: Path, records
     assert pixels.shape[1] == 1440
     assert 540 <= pixels.shape[0] <= 840  # higher with more names below
     assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def test_a_site_among_several_sources_is_decoded_from_its_own_code() -> None:
+    sources = ["a/x", "b/y", "all", "a/x + b/y", "b/y + c/z"]
+    axis = Figure().subplots()
+    records = [{"step": i, "source": source, "losses": {"a/x": i, "b/y": 9}} for i, source in enumerate(sources)]
+    figures._loss_lines(axis, records, "a/x", "red")
+    assert [list(line.get_xdata()) for line in axis.lines] == [[0, 2, 3], [1, 4]]
 
 
 # --- the terminal ---

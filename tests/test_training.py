@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from itertools import pairwise
+from collections import Counter
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from usae_probe.config import TrainConfig, UsaeConfig
 from usae_probe.errors import BufferIntegrityError, ConfigError, NonFiniteError, UsageError
 from usae_probe.split import draw_split
 from usae_probe.usae import StepRecord, TrainResult, losses, train, train_steps, usae_for
-from usae_probe.usae.schedule import learning_rate
+from usae_probe.usae.schedule import learning_rate, phase_and_source
 
 from . import oracles
 from .trainings import PLAIN
@@ -136,6 +137,21 @@ class TestDeterminism:
         assert [r.source for r in warmed] == ["all"] * 10 + plain[10:]
         assert [r.phase for r in warmed] == ["align"] * 10 + ["main"] * 30
         assert [r.source for r in records(buffer, steps=40, align_warmup=0.0, seed=1)] != plain
+
+
+def test_sites_to_be_aligned_are_drawn_anew_in_every_step() -> None:
+    sites, how = list("abcde"), TrainConfig(align_warmup=0.5, align_sites=3)
+    drawn = [phase_and_source(sites, how, step, 8000) for step in range(1, 4001)]
+    assert {phase for phase, _ in drawn} == {"align"}
+    times = Counter(source for _, source in drawn)
+    assert set(times) == {" + ".join(three) for three in combinations(sites, 3)}
+    assert all(320 < n < 480 for n in times.values())  # 400 each, ten of them, binomial: σ = 19
+    assert drawn[:50] == [phase_and_source(sites, how, step, 8000) for step in range(1, 51)]
+    other = how.model_copy(update={"seed": 1})
+    assert drawn[:50] != [phase_and_source(sites, other, step, 8000) for step in range(1, 51)]
+    assert phase_and_source(sites[:3], how, 1, 8000) == ("align", "all")
+    assert phase_and_source(sites, how, 1, 8000, joint=True) == ("align", "all")  # global-topk: always all
+    assert phase_and_source(sites[:1], how, 1, 8000, joint=True) == ("main", "a")
 
 
 class TestNormalisation:

@@ -1,12 +1,16 @@
-"""Compare trainings on two sites of a harvested run: R², universal latents, what sharing costs. Prints JSON.
+r"""Compare trainings on two sites of a harvested run: R², universal latents, what sharing costs. Prints JSON.
 
     usae-probe harvest examples/cifar10_real.toml --out runs/real
     python tests/benchmarks/recipes.py runs/real --out runs/recipes [--seeds 3] [--split validation] [--only default …]
+    python tests/benchmarks/recipes.py runs/real --out runs/recipes --redraw 5 --split holdout \
+        --only default independent
 
 Every recipe is the default one with some settings changed; `independent` are the SAEs that match the default recipe,
 one site each, with as many steps as that site's encoder got updates. `linear` is ridge regression from one site's rows
 to the other's, its λ chosen by cross-validation on training rows. Choose on validation rows; `--split holdout` is for
-the end. Trainings are kept in `--out` and not repeated; two run side by side, with a thread each.
+the end. `--redraw N` draws the split of the same rows N times anew and does everything on each, to tell what is the
+recipe's from what is one holdout's. Trainings are kept in `--out` and not repeated; two run side by side, with a thread
+each.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ FOLDS = 5
 class Job(NamedTuple):
     """A training: of all sites, or of one that stands alone."""
 
-    run: Path
+    buffer: Path
     out: Path
     sites: tuple[str, ...]
     name: str
@@ -96,9 +100,9 @@ def _digest(buffer: ActivationBuffer, sites: Sequence[str], *settings: UsaeConfi
 def measured(job: Job) -> dict[str, Any]:
     """Do a job."""
     torch.set_num_threads(1)
-    buffer = ActivationBuffer(job.run / "buffer")
+    buffer = ActivationBuffer(job.buffer)
     report = evaluate(trained(job, buffer), buffer, split=job.split)
-    about = {"name": job.name, "seed": job.seed, "alone": job.alone}
+    about = {"name": job.name, "seed": job.seed, "alone": job.alone, "buffer": job.buffer.name}
     return about | {"r2": report.r2, "r2_train": report.r2_train, "counts": report.counts, "split": report.n_split}
 
 
@@ -120,6 +124,13 @@ def linear(buffer: ActivationBuffer, sites: Sequence[str], split: str) -> dict[s
             left, total = np.square(rows[target] - guess).sum(), np.square(rows[target] - rows[target].mean(0)).sum()
             found[source][target] = float(1 - left / total)
     return found
+
+
+def redrawn(buffer: ActivationBuffer, sites: Sequence[str], out: Path, seed: int) -> Path:
+    """Make a buffer of the same rows under another draw of the split."""
+    parts = [_rows(buffer, split, sites) for split in ("train", "validation", "holdout")]
+    rows = {site: np.concatenate([part[site] for part in parts]) for site in sites}
+    return ActivationBuffer.from_arrays(rows, out / f"redrawn-{seed}", seed=seed).path
 
 
 def _rows(buffer: ActivationBuffer, split: Any, sites: Sequence[str]) -> dict[str, np.ndarray]:
@@ -161,13 +172,17 @@ def main() -> None:
     parser.add_argument("--sites", nargs="+", default=["vit/blocks.8@mean", "eff/bn2"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=("validation", "holdout"), default="validation")
+    parser.add_argument("--redraw", type=int, default=0, help="draws of the split instead of the run's own")
     parser.add_argument("--only", nargs="+", choices=[*RECIPES, "independent"], default=[*RECIPES, "independent"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
+    own = ActivationBuffer(args.run / "buffer")
+    buffers = [redrawn(own, args.sites, args.out, seed) for seed in range(101, 101 + args.redraw)] or [own.path]
     jobs = [
-        Job(args.run, args.out, tuple(args.sites), name, seed, args.split, alone)
-        for seed in range(args.seeds)
+        Job(buffer, args.out, tuple(args.sites), name, seed, args.split, alone)
+        for buffer in buffers
+        for seed in range(1 if args.redraw else args.seeds)
         for name in args.only
         for alone in (args.sites if name == "independent" else [None])
     ]
@@ -176,10 +191,13 @@ def main() -> None:
         for cell in pool.imap_unordered(measured, jobs, chunksize=1):
             cells.append(cell)
             print(json.dumps(cell), file=sys.stderr, flush=True)
-    buffer = ActivationBuffer(args.run / "buffer")
-    document = {"benchmark": "recipes", "base": BASE, "split": args.split, "rows": buffer.n_rows(args.split)}
-    document |= {"seeds": args.seeds, "linear": linear(buffer, args.sites, args.split)}
-    print(json.dumps(document | {"recipes": over_seeds(cells, args.sites)}, indent=2))
+    document = {"benchmark": "recipes", "base": BASE, "split": args.split, "rows": own.n_rows(args.split)}
+    document |= {"seeds": args.seeds, "redraw": args.redraw, "buffers": []}
+    for path in buffers:
+        of_buffer = [cell for cell in cells if cell["buffer"] == path.name]
+        found = {"linear": linear(ActivationBuffer(path), args.sites, args.split)}
+        document["buffers"].append({"buffer": path.name, **found, "recipes": over_seeds(of_buffer, args.sites)})
+    print(json.dumps(document, indent=2))
 
 
 if __name__ == "__main__":

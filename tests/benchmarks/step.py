@@ -8,8 +8,9 @@ medians of the rounds after two that do not count. `--threads 1 --clock cpu` mea
 another process takes nothing of.
 
 `dense` is the same model in the plainest PyTorch: z by top-k and scatter, autograd, clip_grad_norm_, fused Adam.
-`encoder` is the encoder product alone, `ours_fb` forward and backward alone. `sites` compares M = 12 with M = 2;
-`peak` is the resident memory that three steps at 65,536 latents and 4,096 rows add, in a process of its own.
+`encoder` is the encoder product alone, `ours_fb` forward and backward alone. `sites` compares M = 12 with M = 2, in
+steps of the main phase and in those of the alignment warm-up; `peak` is the resident memory that three steps of each
+at 65,536 latents and 4,096 rows add, in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from usae_probe.config import TrainConfig
 from usae_probe.pipeline import peak_memory
 from usae_probe.usae import USAE
+from usae_probe.usae.draws import draw_aligned
+from usae_probe.usae.losses import Phase
 from usae_probe.usae.start import engine
 
 D_IN = {"a/layer": 512, "b/layer": 768}
@@ -52,10 +55,12 @@ class Size(NamedTuple):
 class Ours:
     """The step as training does it."""
 
-    def __init__(self, d_in: Mapping[str, int], size: Size, batch: int, precision: str = "fp32") -> None:
-        how = TrainConfig(recipe=self.recipe)
+    def __init__(
+        self, d_in: Mapping[str, int], size: Size, batch: int, precision: str = "fp32", phase: Phase = "main"
+    ) -> None:
+        self.how, self.phase = TrainConfig(recipe=self.recipe), phase
         self.usae = USAE(d_in, size.n_latents, size.k, kernel="csr", precision=precision)
-        self.objective, self.optimiser = engine(self.usae, how, 100_000)
+        self.objective, self.optimiser = engine(self.usae, self.how, 100_000)
         self.objective.train()
         self.x = rows(d_in, batch)
         self.alive = torch.zeros(size.n_latents, dtype=torch.bool)
@@ -64,15 +69,17 @@ class Ours:
     recipe = "default"
 
     def forward_backward(self) -> str:
-        source = self.usae.sites[self.number % len(self.usae.sites)]
+        sites = self.usae.sites
+        aligned = self.phase == "align"
+        source = draw_aligned(sites, self.how, self.number) if aligned else sites[self.number % len(sites)]
         self.number += 1
         self.optimiser.zero_grad()
-        self.objective(self.x, "main", source, self.alive).total.backward()
+        self.objective(self.x, self.phase, source, self.alive).total.backward()
         return source
 
     def __call__(self) -> None:
         source = self.forward_backward()
-        self.optimiser.step(1e-4, self.objective.updated("main", source))
+        self.optimiser.step(1e-4, self.objective.updated(self.phase, source))
 
 
 class Published(Ours):
@@ -194,17 +201,21 @@ def profiled(step: Callable[[], object], repeats: int = 4) -> dict[str, float]:
 def many_sites(size: Size, args: argparse.Namespace) -> dict[str, object]:
     """M = 12 against M = 2 sites of 768 dimensions."""
     few, many = ({f"m{i}/layer": 768 for i in range(m)} for m in (2, 12))
-    ms = in_turns({"2": Ours(few, size, args.batch), "12": Ours(many, size, args.batch)}, 2, args)
-    return {"d": 768, **size._asdict(), "ms": ms, "ratios": ratios(ms, {"12_over_2": ("12", "2")})}
+    ms: dict[str, float] = {}
+    for label, phase in (("", "main"), (" aligned", "align")):
+        steps = {f"{len(d)}{label}": Ours(d, size, args.batch, phase=phase) for d in (few, many)}
+        ms |= in_turns(steps, 2, args)
+    wanted = {"12_over_2": ("12", "2"), "12_over_2_aligned": ("12 aligned", "2 aligned")}
+    return {"d": 768, **size._asdict(), "ms": ms, "ratios": ratios(ms, wanted)}
 
 
-def peak() -> dict[str, object]:
+def peak(phase: Phase) -> dict[str, object]:
     """Resident memory that three steps add, against what has to be there."""
 
     size, batch, d_in = Size(65_536, 64), 4096, {"a/layer": 768, "b/layer": 768}
     torch.ones(64, 64) @ torch.ones(64, 64)  # libraries are loaded before
     before = peak_memory()
-    step = Ours(d_in, size, batch)
+    step = Ours(d_in, size, batch, phase=phase)
     for _ in range(3):
         step()
     parameters = sum(p.numel() * p.itemsize for p in step.usae.parameters())
@@ -212,6 +223,7 @@ def peak() -> dict[str, object]:
     needed = 4 * parameters + product  # parameters, gradients, two moments
     added = peak_memory() - before
     return {
+        "phase": phase,
         **size._asdict(),
         "batch": batch,
         "needed_gib": round(needed / GIB, 2),
@@ -221,8 +233,8 @@ def peak() -> dict[str, object]:
     }
 
 
-def in_own_process() -> dict[str, object]:
-    done = subprocess.run([sys.executable, __file__, "--only-peak"], capture_output=True, text=True, check=True)
+def in_own_process(phase: Phase) -> dict[str, object]:
+    done = subprocess.run([sys.executable, __file__, "--only-peak", phase], capture_output=True, text=True, check=True)
     found: dict[str, object] = json.loads(done.stdout)
     return found
 
@@ -238,11 +250,11 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help="published, sites, peak")
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes")
-    parser.add_argument("--only-peak", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-peak", choices=("main", "align"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.only_peak:
-        print(json.dumps(peak()))
+        print(json.dumps(peak(args.only_peak)))
         return
     about = {"benchmark": "step", "threads": args.threads, "clock": args.clock, "torch": torch.__version__}
     found: dict[str, object] = {**about, "batch": args.batch, "d_in": list(D_IN.values()), "load": os.getloadavg()}
@@ -250,7 +262,7 @@ def main() -> None:
     if "sites" not in args.skip:
         found["sites"] = many_sites(Size(8168, 32), args)
     if "peak" not in args.skip:
-        found["peak"] = in_own_process()
+        found["peak"] = [in_own_process(phase) for phase in ("main", "align")]
     print(json.dumps(found, indent=2))
 
 

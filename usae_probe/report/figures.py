@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..probes import UniversalityReport
-from ..usae import Matrix
+from ..usae import Matrix, sources_of
 from .style import cycle, new_figure, save
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def _legend(figure: Figure, sites: Sequence[str], columns: int, *, aligned: bool
 
 
 def _loss_lines(axis: Axes, history: Sequence[Mapping[str, Any]], site: str, colour: str) -> None:
-    own = [r for r in history if r["source"] in (site, "all")]
-    other = [r for r in history if r["source"] not in (site, "all")]
+    own = [r for r in history if site in sources_of(r["source"], [site])]
+    other = [r for r in history if site not in sources_of(r["source"], [site])]
     axis.plot([r["step"] for r in own], [r["losses"][site] for r in own], color=colour)
     if other:
         axis.plot([r["step"] for r in other], [r["losses"][site] for r in other], color=colour, linestyle="--")

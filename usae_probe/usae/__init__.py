@@ -1,6 +1,7 @@
 """The Universal Sparse Autoencoder: kernels, model, losses, training, checkpoints."""
 
 from .bottleneck import warn_without_bottleneck
+from .draws import sources_of
 from .history import HistoryFile, read_history
 from .independent import encoder_updates, train_independent
 from .kernels import Codes, Support, choose_kernel, select_topk
@@ -28,6 +29,7 @@ __all__ = [
     "encoder_updates",
     "read_history",
     "select_topk",
+    "sources_of",
     "train",
     "train_independent",
     "train_steps",

@@ -17,7 +17,8 @@ from ..shapes import RowMatrix
 from .kernels.base import Entries
 from .world import current
 
-SOURCE, PAIRING, PARTNER, NOISE, DROPOUT, ROWS = 1, 2, 3, 4, 5, 6
+SOURCE, PAIRING, PARTNER, NOISE, DROPOUT, ROWS, ALIGNED = 1, 2, 3, 4, 5, 6, 7
+_AND = " + "
 
 
 def draw_source(sites: Sequence[str], how: TrainConfig, step: int) -> str:
@@ -32,6 +33,24 @@ def draw_source(sites: Sequence[str], how: TrainConfig, step: int) -> str:
         return sites[int(draw.integers(len(sites)))]
     given = np.array([how.source.get(site, 0.0) for site in sites])
     return sites[int(draw.choice(len(sites), p=given / given.sum()))]
+
+
+def draw_aligned(sites: Sequence[str], how: TrainConfig, step: int) -> str:
+    """Return the `align_sites` sites that share a support in a step, joined by ` + `; `all` where there are no more."""
+    if len(sites) <= how.align_sites:
+        return "all"
+    draw = np.random.default_rng((how.seed, ALIGNED, step))
+    return _AND.join(sites[i] for i in sorted(draw.choice(len(sites), how.align_sites, replace=False)))
+
+
+def sources_of(source: str, sites: Sequence[str]) -> Sequence[str]:
+    """Return the sites that a step's source names: all, or those joined by ` + `.
+
+    Example:
+        >>> sources_of("a + c", ["a", "b", "c"]), sources_of("all", ["a", "b"])
+        (['a', 'c'], ['a', 'b'])
+    """
+    return sites if source == "all" else source.split(_AND)
 
 
 def draw_partner(sites: Sequence[str], source: str, how: TrainConfig, step: int) -> str:

@@ -15,6 +15,7 @@ from ..config import TrainConfig, UsaeConfig, checked, settled
 from ..errors import StageError, UsageError
 from ..files import write_json
 from ..sites import file_stem
+from .draws import sources_of
 from .history import HistoryFile, read_history
 from .model import USAE
 from .reconstruction import Matrix
@@ -112,7 +113,7 @@ def encoder_updates(
     counts: Counter[str] = Counter()
     for step in range(1, (steps if taken is None else taken) + 1):
         _, source = phase_and_source(sites, how, step, steps, joint=joint)
-        counts.update(sites if source == "all" else [source])
+        counts.update(sources_of(source, sites))
     return {site: counts[site] for site in sites}
 
 

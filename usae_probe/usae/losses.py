@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..shapes import RowMatrix
 from .contrastive import contrastive_loss
-from .draws import Perturbation, check_weighted_sites, draw_partner
+from .draws import Perturbation, check_weighted_sites, draw_partner, sources_of
 from .kernels import Support, select_topk
 from .kernels.base import Entries
 from .model import USAE
@@ -150,15 +150,16 @@ def source_loss(
         terms: error, weights of the targets, whose parameters learn, noise.
     """
     rows = terms.rows(x[:, usae.columns[source]])
-    coded = usae.code(rows, source)
+    z_pre = usae.z_pre(rows, source)
+    coded = usae.code(rows, source, z_pre)
     x_hat = terms.decode_nested(usae, terms.values(coded.values), coded.support, source)
     left, per_site = terms.residual(usae, x, x_hat, terms.learning(usae, usae.b_dec, source))
     aux = per_site.new_zeros(())
     n_dead = min(aux_k, int(dead.sum()))
     if n_dead and aux_coef:
-        among = coded.z_pre.detach().masked_fill(~dead, -torch.inf)
+        among = z_pre.detach().masked_fill(~dead, -torch.inf)
         spare = Support.of(select_topk(among, n_dead), usae.n_latents)
-        values = usae.code_at(rows, source, coded.z_pre, spare)
+        values = usae.code_at(rows, source, z_pre, spare)
         guess = terms.decode(usae, values, spare, source)
         of_residual = current().mean(site_mse(usae, left[-1])).clamp_min(1e-12)
         aux = (site_mse(usae, left[-1] - guess) / of_residual).sum()
@@ -167,20 +168,26 @@ def source_loss(
     return StepLoss(total, per_site.detach(), aux.detach(), fired, l0, coded.penalty.detach())
 
 
-def alignment_loss(usae: USAE, x: Float[Tensor, "b D"], terms: Terms = PLAIN) -> StepLoss:
-    """Give all sites one support by Σ_i z_pre,i (its top k); each keeps its own values there and decodes to all.
+def alignment_loss(usae: USAE, x: Float[Tensor, "b D"], source: str = "all", terms: Terms = PLAIN) -> StepLoss:
+    """Give several sites one support by Σ_i z_pre,i (its top k); each keeps its own values there and decodes to all.
 
     The mean over sources of Σ_j w_j ‖x̃_j − x̂_j‖² / (b · d_j). Without this phase latents split: two latents of one
-    model each, with the same decoder rows, take the place of one shared latent. Every encoder and decoder learns.
+    model each, with the same decoder rows, take the place of one shared latent. Their encoders and all decoders learn.
+
+    Args:
+        usae: the model.
+        x: normalised rows of all sites side by side.
+        source: the sites that share the support.
+        terms: error, weights of the targets, noise.
     """
-    rows = {site: terms.rows(x[:, usae.columns[site]]) for site in usae.sites}
+    rows = {site: terms.rows(x[:, usae.columns[site]]) for site in sources_of(source, usae.sites)}
     per_site, totals, fired = [], [], torch.zeros(usae.n_latents, dtype=torch.bool, device=x.device)
     codes = usae.code_shared(rows)
-    for i, coded in enumerate(codes.values()):
+    for site, coded in codes.items():
         values = terms.values(coded.values)
         x_hat = decode_nested(usae.kernel, values, coded.support, usae.W_dec, usae.matryoshka)
         per_site.append(terms.residual(usae, x, x_hat, usae.b_dec).per_site)
-        totals.append(terms.summed(per_site[-1], i))
+        totals.append(terms.summed(per_site[-1], usae.site_index(site)))
         fired |= fired_latents(coded.values, coded.support)
     penalty = torch.stack([coded.penalty for coded in codes.values()]).mean()
     l0 = torch.stack([active_latents(coded.values, coded.support) for coded in codes.values()]).mean()
@@ -241,8 +248,8 @@ class Objective(nn.Module):
 
         Args:
             x: normalised rows of all sites side by side.
-            phase: `align` gives all sites one support; `main` decodes each source's own code.
-            source: the site that is encoded in the main phase, or `all`.
+            phase: `align` gives the sources one support; `main` decodes each source's own code.
+            source: the site that is encoded, `all`, or several joined by ` + `.
             dead: latents that count as dead.
             step: number of the step: noise, dropout and the contrastive term's second site depend on it and the seed.
         """
@@ -250,7 +257,7 @@ class Objective(nn.Module):
         loss = self._reconstruction(x, phase, source, dead, terms)
         if not self.how.contrastive_coef or len(self.usae.sites) == 1:
             return loss
-        term = self._contrastive(x, "all" if phase == "align" else source, step, terms)
+        term = self._contrastive(x, source, step, terms)
         return loss._replace(total=loss.total + self.how.contrastive_coef * term, contrastive=term.detach())
 
     def updated(self, phase: Phase, source: str) -> tuple[str, ...] | None:
@@ -271,8 +278,8 @@ class Objective(nn.Module):
     ) -> StepLoss:
         usae, how = self.usae, self.how
         if phase == "align":
-            return alignment_loss(usae, x, terms)
-        sources = usae.sites if source == "all" else [source]
+            return alignment_loss(usae, x, source, terms)
+        sources = sources_of(source, usae.sites)
         losses = [
             source_loss(usae, x, site, dead=dead, aux_k=how.aux_k, aux_coef=how.aux_coef, terms=terms)
             for site in sources
@@ -288,10 +295,10 @@ class Objective(nn.Module):
         )
 
     def _contrastive(self, x: Float[Tensor, "b D"], source: str, step: int, terms: Terms) -> Tensor:
-        """InfoNCE between all pairs of sites, or between the source and one other site drawn by seed and step."""
+        """InfoNCE between all pairs of sources, or between the one and another site drawn by seed and step."""
         usae, how = self.usae, self.how
-        if source == "all":
-            return contrastive_loss(usae, x, usae.sites, how.contrastive_temperature, noisy=terms.rows)
+        if len(sources := sources_of(source, usae.sites)) > 1:
+            return contrastive_loss(usae, x, sources, how.contrastive_temperature, noisy=terms.rows)
         pair = (source, draw_partner(usae.sites, source, how, step))
         fixed = pair[1:] if terms.own_only else ()
         return contrastive_loss(usae, x, pair, how.contrastive_temperature, noisy=terms.rows, fixed=fixed)

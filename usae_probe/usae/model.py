@@ -26,13 +26,11 @@ class Coded(NamedTuple):
     Attributes:
         values: z at the support, with its graph.
         support: which latents are active in which row.
-        z_pre: [b, n]; only the reference kernel's has a graph.
         penalty: what the sparsity adds to the loss for this code; 0 outside training.
     """
 
     values: Entries
     support: Support
-    z_pre: PreActivations
     penalty: Float[Tensor, ""]
 
 
@@ -201,30 +199,48 @@ class USAE(nn.Module):
         z_pre: Tensor = centred @ self.W_enc[index][chosen].T + self.b_enc[index][chosen]
         return z_pre
 
-    def code(self, x_normalised: RowMatrix, site: str) -> Coded:
-        """Encode normalised rows, for training and measuring: values with their graph, and their support."""
+    def code(self, x_normalised: RowMatrix, site: str, z_pre: PreActivations | None = None) -> Coded:
+        """Encode normalised rows, for training and measuring: values with their graph, and their support.
+
+        Args:
+            x_normalised: [b, d_in[site]].
+            site: the site the rows come from.
+            z_pre: what `z_pre` gave for them, where it is needed for something else too.
+        """
         index = self.site_index(site)
-        z_pre = self.z_pre(x_normalised, site)
+        if z_pre is None:
+            z_pre = self.z_pre(x_normalised, site)
         support = self.sparsity.select(z_pre.detach(), index)
         at = self.kernel.at(z_pre, support, x_normalised, self.encoder(site))
         values = self.sparsity.activate(at, support, index)
-        return Coded(values, support, z_pre, self._penalty(at, values, support, index))
+        return Coded(values, support, self._penalty(at, values, support, index))
 
     def code_shared(self, x_normalised: Mapping[str, RowMatrix]) -> dict[str, Coded]:
-        """Encode paired normalised rows of all sites with one support, chosen by Σ_i z_pre,i; see the sparsity.
+        """Encode paired normalised rows of several sites with one support, chosen by Σ_i z_pre,i; see the sparsity.
 
-        Every site has its own values there.
+        Every site has its own values there. Encoder products without a graph are not kept: of them there would be one
+        for each site, [b, n], and their values at the support are few.
         """
-        z_pre = {site: self.z_pre(x_normalised[site], site) for site in self.sites}
-        summed = torch.zeros_like(z_pre[self.sites[0]])
-        for pre in z_pre.values():
-            summed += pre.detach()
-        support = self.sparsity.select_shared(summed)
-        at = torch.stack([self.kernel.at(z_pre[s], support, x_normalised[s], self.encoder(s)) for s in self.sites])
+        support, kept = self._shared_support(x_normalised)
+        at = torch.stack([self.kernel.at(kept.get(s), support, x, self.encoder(s)) for s, x in x_normalised.items()])
         codes = {}
-        for i, (site, values) in enumerate(zip(self.sites, self.sparsity.activate_shared(at, support), strict=True)):
-            codes[site] = Coded(values, support, z_pre[site], self._penalty(at[i], values, support, i))
+        for pre, site, values in zip(at, x_normalised, self.sparsity.activate_shared(at, support), strict=True):
+            codes[site] = Coded(values, support, self._penalty(pre, values, support, self.site_index(site)))
         return codes
+
+    def _shared_support(self, x_normalised: Mapping[str, RowMatrix]) -> tuple[Support, dict[str, PreActivations]]:
+        """Return the support by Σ_i z_pre,i, and those z_pre that have a graph."""
+        first, *others = x_normalised
+        z_pre = self.z_pre(x_normalised[first], first)
+        kept = {first: z_pre} if z_pre.requires_grad else {}
+        summed = z_pre.detach().clone() if kept else z_pre
+        for site in others:
+            z_pre = self.z_pre(x_normalised[site], site)
+            summed += z_pre.detach()
+            if z_pre.requires_grad:
+                kept[site] = z_pre
+            del z_pre  # before the next one is made
+        return self.sparsity.select_shared(summed), kept
 
     def code_at(self, x_normalised: RowMatrix, site: str, z_pre: PreActivations, support: Support) -> Entries:
         """Return relu(z_pre) at a support that somebody else chose, whatever the sparsity."""

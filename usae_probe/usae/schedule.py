@@ -8,28 +8,29 @@ from collections.abc import Sequence
 
 from ..config import TrainConfig
 from ..errors import UsaeProbeWarning
-from .draws import draw_source
+from .draws import draw_aligned, draw_source
 from .losses import Phase
 
 
 def phase_and_source(
     sites: Sequence[str], how: TrainConfig, step: int, steps: int, *, joint: bool = False
 ) -> tuple[Phase, str]:
-    """Return the phase of step 1 … steps and the site whose encoder learns in it (`all` for every one).
+    """Return the phase of step 1 … steps and the sites whose encoders learn in it, as `sources_of` takes them.
 
     A function of settings and step alone, so that what each encoder gets can be counted without training.
 
     Args:
         sites: all sites, in order.
-        how: `align_warmup`, `source` and `seed`.
+        how: `align_warmup`, `align_sites`, `source` and `seed`.
         step: from 1.
         steps: of the whole training.
         joint: the sparsity gives all sites one support throughout.
     """
-    aligned = 0
-    if len(sites) > 1:
-        aligned = steps if joint else round(how.align_warmup * steps)
-    return ("align", "all") if step <= aligned else ("main", draw_source(sites, how, step))
+    if joint and len(sites) > 1:
+        return "align", "all"
+    if len(sites) > 1 and step <= round(how.align_warmup * steps):
+        return "align", draw_aligned(sites, how, step)
+    return "main", draw_source(sites, how, step)
 
 
 def learning_rate(step: int, steps: int, how: TrainConfig) -> float:

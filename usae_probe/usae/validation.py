@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from ..buffer import ActivationBuffer
 from ..config import TrainConfig
-from ..errors import ConfigError, UsaeProbeWarning
+from ..errors import ConfigError
 from .model import USAE
 from .reconstruction import Matrix, ReconstructionSums
 from .records import Best
 from .world import current
 
 VALIDATION_ROWS = 2048
-FEW_ROWS = 100
-"""Validation rows under which R² says little about which of two steps is the better one."""
 
 
 def validation_r2(usae: USAE, buffer: ActivationBuffer) -> Matrix | None:
@@ -61,7 +58,7 @@ class Watch:
 
     Args:
         how: `early_stop` and `keep`.
-        buffer: whose validation rows are needed for either; a warning says when they are few.
+        buffer: whose validation rows are needed for either.
 
     Raises:
         ConfigError: when there are none.
@@ -73,15 +70,12 @@ class Watch:
         self.waited = 0
         self.weights: dict[str, Tensor] = {}
         rows = buffer.n_rows("validation")
-        if not (self.patience or self.keeps):
-            return
-        key = f"early_stop = {self.patience}" if self.patience else "keep = 'best'"
-        said = f"{key} goes by R² on validation rows, of which the buffer has {rows}"
-        if rows < 2:
-            raise ConfigError(said, hint="harvest with images.validation above 0, or leave the key out")
-        if rows < FEW_ROWS:
-            advice = "which step is best is then much a matter of chance; harvest more with images.validation"
-            warnings.warn(f"{said}: {advice}", UsaeProbeWarning, stacklevel=2)
+        if rows < 2 and (self.patience or self.keeps):
+            key = f"early_stop = {self.patience}" if self.patience else "keep = 'best'"
+            raise ConfigError(
+                f"{key} goes by R² on validation rows, of which the buffer has {rows}",
+                hint="harvest with images.validation above 0, or leave the key out",
+            )
 
     @property
     def stops(self) -> bool:

@@ -125,8 +125,8 @@ class Kernel(Protocol):
         """Return z_pre = (x − b_dec) W_encᵀ + b_enc, [b, n]; without a graph where `at` has the gradient."""
         ...
 
-    def at(self, z_pre: PreActivations, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
-        """Return z_pre at the support, [e], differentiable in x and the encoder's parameters."""
+    def at(self, z_pre: PreActivations | None, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
+        """Return z_pre at the support, [e], differentiable in x and the encoder's parameters; without z_pre, anew."""
         ...
 
     def decode(self, values: Entries, support: Support, w_dec: Decoder) -> RowMatrix:

@@ -24,8 +24,9 @@ class ReferenceKernel:
         """Return z_pre, with its graph."""
         return (x - encoder.b_dec) @ encoder.w_enc.T + encoder.b_enc
 
-    def at(self, z_pre: PreActivations, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
+    def at(self, z_pre: PreActivations | None, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
         """Gather from z_pre."""
+        z_pre = self.pre(x, encoder) if z_pre is None else z_pre
         return z_pre[support.rows, support.columns]
 
     def decode(self, values: Entries, support: Support, w_dec: Decoder) -> RowMatrix:

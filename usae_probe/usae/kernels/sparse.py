@@ -64,8 +64,8 @@ class SparseKernel:
         with torch.no_grad():
             return encoder_product(x, encoder, self.precision, self._workspace)
 
-    def at(self, z_pre: PreActivations, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
-        """Gather from z_pre, or compute anew where z_pre is not precise; gradients are sparse products."""
+    def at(self, z_pre: PreActivations | None, support: Support, x: RowMatrix, encoder: SiteEncoder) -> Entries:
+        """Gather from z_pre, or compute anew where it is not there or not precise; gradients are sparse products."""
         exact = self.precision == "fp32"
         values: Entries = _At.apply(z_pre if exact else None, support, self._products, x, *encoder)
         return values
