@@ -45,6 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no weight decay": {"weight_decay": 0.0},
     "no latent dropout": {"latent_dropout": 0.0},
     "all targets alike": {"self_share": "equal"},
+    "own error counted 1.5 times": {"self_share": 0.6},
+    "latent dropout of .4": {"latent_dropout": 0.4},
     "batches of 256": {"batch_size": 256},
     "no alignment warm-up": {"align_warmup": 0.0},
     "alignment warm-up of .5": {"align_warmup": 0.5},
