@@ -124,7 +124,9 @@ class TrainConfig(Table):
         "all", description="source: a step changes the source's encoder and decoder only, as in the published code"
     )
     align_warmup: Share = Field(0.25, description="share of the steps with one support for all sites (see README)")
-    align_sites: int = Field(3, ge=2, description="for so many of them at most, drawn anew in each of these steps")
+    align_sites: int = Field(
+        3, ge=2, description="sites that share a support in such a step; of more sites so many are drawn each time"
+    )
     aux_k: int = Field(32, ge=0, description="dead latents that model the residual; 0 switches it off")
     aux_coef: float = Field(1 / 32, ge=0, description="weight of that auxiliary loss")
     contrastive_coef: float = Field(0.0, ge=0, description="weight of InfoNCE between paired codes of different sites")
