@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from usae_probe.files import json_text, publish, replacing, sha256, write_json, write_text
+from usae_probe.files import json_sha256, json_text, publish, replacing, sha256, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -98,6 +98,11 @@ def test_sha256(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"abc" * 100_000)
     assert sha256(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_json_sha256(tmp_path: Path) -> None:
+    expected = hashlib.sha256(b'{"a": [1, "x/y"], "b": null}').hexdigest()
+    assert json_sha256({"b": None, "a": [1, Path("x/y")]}) == json_sha256({"a": (1, "x/y"), "b": None}) == expected
 
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,3 +66,8 @@ def sha256(path: Path) -> str:
     """Hash a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def json_sha256(data: Any) -> str:
+    """Hash data by their JSON, whatever the order of keys; what JSON does not know counts as it prints."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()

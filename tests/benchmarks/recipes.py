@@ -16,7 +16,6 @@ each.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ import torch
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import TrainConfig, UsaeConfig, settled
+from usae_probe.files import json_sha256
 from usae_probe.probes import evaluate
 from usae_probe.usae import USAE, train
 from usae_probe.usae.independent import encoder_updates, one_site
@@ -95,8 +95,7 @@ def _label(job: Job) -> str:
 
 
 def _digest(buffer: ActivationBuffer, sites: Sequence[str], *settings: UsaeConfig | TrainConfig) -> str:
-    whole = [buffer.identity, list(sites), *(some.model_dump(mode="json") for some in settings)]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return json_sha256([buffer.identity, sites, *(some.model_dump(mode="json") for some in settings)])[:12]
 
 
 def measured(job: Job) -> dict[str, Any]:

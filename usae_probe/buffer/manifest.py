@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BufferIntegrityError, BufferMismatchError
-from ..files import publish
+from ..files import json_sha256, publish
 from ..split import SplitName
 from .moments import Moments
 from .spec import BufferSpec
@@ -105,7 +104,7 @@ class Manifest:
         document = {"schema": SCHEMA, "identity": self.identity, "display": self.display, "complete": self.complete}
         document["shards"] = [asdict(entry) for entry in self.shards]
         document["moments"] = {site: moments.to_dict() for site, moments in self.moments.items()}
-        document["sha256"] = _digest(document)
+        document["sha256"] = json_sha256(document)
         temporary = folder / (MANIFEST + TEMPORARY)
         try:
             temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
@@ -163,7 +162,7 @@ def _read(path: Path) -> dict[str, Any]:
             hint="upgrade usae-probe to read this buffer",
         )
     given = document.pop("sha256", None)
-    if given != _digest(document):
+    if given != json_sha256(document):
         raise _damaged(path, f"its content does not give its checksum {given}")
     return dict(document)
 
@@ -172,11 +171,6 @@ def _damaged(path: Path, why: str) -> BufferIntegrityError:
     return BufferIntegrityError(
         f"the manifest {path} is damaged: {why}", hint="restore it from a copy, or delete the folder and harvest again"
     )
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    """SHA-256 of a document's values, whatever the spacing and order of its text."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 _ABSENT = object()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from ..buffer import ActivationBuffer
 from ..config import TrainConfig, UsaeConfig, checked, settled
 from ..errors import StageError, UsageError
-from ..files import write_json
+from ..files import json_sha256, write_json
 from ..sites import file_stem
 from .draws import sources_of
 from .history import HistoryFile, read_history
@@ -172,8 +171,8 @@ def _finished(folder: Path, digest: str) -> float | None:
 def _digest(buffer: ActivationBuffer, site: str, shape: UsaeConfig, how: TrainConfig) -> str:
     # `validate_every` decides nothing here: `one_site` has switched off what goes by validations
     settings = how.model_dump(mode="json", exclude={"log_every", "validate_every", "kernel", "device", "tensorboard"})
-    whole = {"buffer": buffer.identity, "site": site, "usae": shape.model_dump(mode="json"), "train": settings}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+    shown = shape.model_dump(mode="json")
+    return json_sha256({"buffer": buffer.identity, "site": site, "usae": shown, "train": settings})
 
 
 def _record(line: dict[str, Any]) -> StepRecord:

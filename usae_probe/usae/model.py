@@ -218,29 +218,22 @@ class USAE(nn.Module):
     def code_shared(self, x_normalised: Mapping[str, RowMatrix]) -> dict[str, Coded]:
         """Encode paired normalised rows of several sites with one support, chosen by Σ_i z_pre,i; see the sparsity.
 
-        Every site has its own values there. Encoder products without a graph are not kept: of them there would be one
-        for each site, [b, n], and their values at the support are few.
+        Every site has its own values there, computed anew: of encoder products, [b, n], there would be one for each.
         """
-        support, kept = self._shared_support(x_normalised)
-        at = torch.stack([self.kernel.at(kept.get(s), support, x, self.encoder(s)) for s, x in x_normalised.items()])
+        support = self._shared_support(x_normalised)
+        at = torch.stack([self.kernel.at(None, support, x, self.encoder(s)) for s, x in x_normalised.items()])
         codes = {}
         for pre, site, values in zip(at, x_normalised, self.sparsity.activate_shared(at, support), strict=True):
             codes[site] = Coded(values, support, self._penalty(pre, values, support, self.site_index(site)))
         return codes
 
-    def _shared_support(self, x_normalised: Mapping[str, RowMatrix]) -> tuple[Support, dict[str, PreActivations]]:
-        """Return the support by Σ_i z_pre,i, and those z_pre that have a graph."""
+    @torch.no_grad()
+    def _shared_support(self, x_normalised: Mapping[str, RowMatrix]) -> Support:
         first, *others = x_normalised
-        z_pre = self.z_pre(x_normalised[first], first)
-        kept = {first: z_pre} if z_pre.requires_grad else {}
-        summed = z_pre.detach().clone() if kept else z_pre
+        summed = self.z_pre(x_normalised[first], first)
         for site in others:
-            z_pre = self.z_pre(x_normalised[site], site)
-            summed += z_pre.detach()
-            if z_pre.requires_grad:
-                kept[site] = z_pre
-            del z_pre  # before the next one is made
-        return self.sparsity.select_shared(summed), kept
+            summed += self.z_pre(x_normalised[site], site)
+        return self.sparsity.select_shared(summed)
 
     def code_at(self, x_normalised: RowMatrix, site: str, z_pre: PreActivations, support: Support) -> Entries:
         """Return relu(z_pre) at a support that somebody else chose, whatever the sparsity."""

@@ -72,7 +72,7 @@ class ConstrainedAdam:
         rows = [] if decoder is None else decoder.pieces(chosen)
         pieces = {name: slot.pieces(chosen) for name, slot in slots.items()}
         learning = [*rows, *(piece for some in pieces.values() for piece in some)]
-        squares = [_square(piece.grad) for piece in learning]
+        squares = [_norms(piece.grad).square().sum() for piece in learning]
         if not squares:
             return usae.W_dec.new_zeros(())
         norm = torch.stack(squares).sum().sqrt()
@@ -225,14 +225,9 @@ def chunks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, len(matrix)))
 
 
-def _square(grad: Tensor) -> Tensor:
-    """Return ‖g‖², by the norms of rows: twice as fast as the norm of all, and exact where that is off by a percent."""
-    norms: Tensor = torch.linalg.vector_norm(grad, dim=-1)
-    return norms.square().sum()
-
-
 def _norms(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    """Return ‖w‖ of each row; ‖g‖² by these takes half the time of one norm, whose float32 sum is off by a percent."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return norms
 
 

@@ -17,7 +17,7 @@ class StepRecord:
 
     Attributes:
         step: number of this step, from 1; `steps` is the last.
-        phase: `align` (one support for all sites) or `main`.
+        phase: `align` (one support for the sources) or `main`.
         source: site whose code was decoded; `all`, or several joined by ` + `.
         lr: learning rate of the step.
         loss: what was minimised; `losses` error per target site, unweighted; `aux` the auxiliary term, unweighted.

@@ -7,7 +7,6 @@ number of the step are the whole state. It is one file, so that no part can be f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..files import replacing
+from ..files import json_sha256, replacing
 
 SECONDS = 60.0
 _LAYOUT = 3  # of the file; a state of another one is not used
@@ -59,8 +58,7 @@ class TrainingState:
 
     def __init__(self, path: Path, depends_on: Mapping[str, Any], *, reads_only: bool = False) -> None:
         self.path, self.reads_only = path, reads_only
-        whole = {"layout": _LAYOUT, **depends_on}
-        self._digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+        self._digest = json_sha256({"layout": _LAYOUT, **depends_on})
         self._written = time.monotonic()
         self.holds = 0
 

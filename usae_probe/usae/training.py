@@ -212,7 +212,7 @@ class Training:
         return named | {"silent": self.silent}
 
     def numbers(self) -> dict[str, Any]:
-        """Return the rest of what they depend on, for JSON."""
+        """Return the rest of what they depend on, for JSON, and the seconds until now."""
         return {"step": self.step, "seconds": self.seconds, **self.watch.numbers()}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -228,7 +228,6 @@ class Training:
         self.silent.copy_(tensors["silent"])
         self.watch.load(numbers, parts.get("best", {}))
         self.step, self._before = numbers["step"], numbers["seconds"]
-        self._since = time.perf_counter()
 
 
 def _normalised(usae: USAE, rows: Mapping[str, np.ndarray]) -> Tensor:
