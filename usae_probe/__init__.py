@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .harvesting import harvest
     from .hooks import HookedModel
     from .images import Preprocessing
+    from .online import harvest_and_train
     from .pipeline import Run, Sweep
     from .probes import UniversalityReport, evaluate
     from .probes.cam import CamPicture, maximize
@@ -44,6 +45,7 @@ _HOMES = {
     "attach": "attaching",
     "evaluate": "probes",
     "harvest": "harvesting",
+    "harvest_and_train": "online",
     "joined": "usae.distributed",
     "maximize": "probes.cam",
     "train": "usae",
@@ -68,6 +70,7 @@ __all__ = [
     "attach",
     "evaluate",
     "harvest",
+    "harvest_and_train",
     "joined",
     "maximize",
     "train",

@@ -75,6 +75,10 @@ class BufferMismatchError(UsaeProbeError):
     """A buffer that was made from something else than what is asked for now."""
 
 
+class BufferLockedError(UsaeProbeError):
+    """A buffer that another process is writing to."""
+
+
 class PrecisionError(UsaeProbeError):
     """A value that the buffer's dtype cannot hold."""
 

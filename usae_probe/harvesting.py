@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, SiteSpec
+from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, Ring, SiteSpec, as_json
 from .config import BufferConfig, ImagesConfig, settled
-from .errors import ImageError, SiteError, UsaeProbeWarning
+from .errors import BufferMismatchError, ConfigError, ImageError, SiteError, UsaeProbeWarning
 from .hooks import Grid, HookedModel, coarsest
 from .images import ImageSource, LoadedImages, OpaqueTransform, iter_batches, open_source
 from .sites import Site
 from .split import draw_split
+from .world import World
 
 
 class HarvestProgress(NamedTuple):
@@ -35,6 +37,7 @@ def harvest(
     images_config: ImagesConfig | None = None,
     buffer_config: BufferConfig | None = None,
     progress: Callable[[HarvestProgress], None] | None = None,
+    world: World | None = None,
     **settings: Any,
 ) -> ActivationBuffer:
     """Stream the activations of all sites of all models into a buffer; goes on where an interrupted harvest stopped.
@@ -50,12 +53,16 @@ def harvest(
         out: the buffer's folder.
         images_config, buffer_config: settings as read from a config file (`source` is ignored here).
         progress: called after every batch.
+        world: the processes that harvest together, from `up.joined()`, each of which calls this with its own models:
+            every one fills its share of the shards, and all get the same buffer. Default: this process alone.
         settings: or single settings by the config's names: `limit`, `holdout`, `seed`, `batch_size`, `dtype`, …
 
     Raises:
         SiteError: when a model has no sites, two models share a name, or rows of sites do not pair up.
         ImageError: when the images cannot be opened, or none of them decoded.
         BufferMismatchError: when `out` holds a buffer made from something else.
+        BufferLockedError: when another process writes to `out`.
+        ConfigError: for `mode = "ring"`.
         NonFiniteError, PrecisionError: for activations that cannot be stored, naming site, layer and image.
 
     Example:
@@ -63,27 +70,102 @@ def harvest(
     """
     given = (images_config or ImagesConfig(source=""), buffer_config or BufferConfig())
     how, store = settled(given, settings)
+    if store.mode == "ring":
+        raise ConfigError(
+            "a ring is used up by a training that goes along with the harvest", hint="call harvest_and_train"
+        )
     source = images if isinstance(images, ImageSource) else open_source(images)
     spec = buffer_spec(models, source, how, store)
-    if spec.sites[0].rows_per_image > 1:
-        _warn_of_other_parts(spec.sites)
+    world = world or World()
+    if not world.main:
+        world.meet()  # process 0 makes the buffer, or finds that it is another one
+    with BufferWriter(out, spec, describe=source.describe, rank=world.rank, size=world.size) as writer:
+        if world.main:
+            world.meet()
+        fill(writer, models, source, how, progress=progress)
+        world.meet()
+        if world.main:
+            writer.close()
+        world.meet()
+    buffer = ActivationBuffer(out, verify=store.verify, memory_budget=store.memory)
+    demand_training_rows(buffer)
+    return buffer
+
+
+def fill(
+    writer: BufferWriter,
+    models: Sequence[HookedModel],
+    source: ImageSource,
+    how: ImagesConfig,
+    *,
+    progress: Callable[[HarvestProgress], None] | None = None,
+    ring: Ring | None = None,
+) -> None:
+    """Harvest the shards that a writer still lacks.
+
+    Args:
+        writer: of a buffer whose spec `buffer_spec` made of these models and this source.
+        models: hooked models with layers.
+        source: the images.
+        how: `batch_size` and `workers`.
+        progress: called after every batch.
+        ring: whoever uses the shards up meanwhile; it may end the harvest between two batches.
+    """
+    if writer.spec.sites[0].rows_per_image > 1:
+        _warn_of_other_parts(writer.spec.sites)
     grid = _common_grid_of(models)
-    writer = BufferWriter(out, spec, describe=source.describe)
     skipped = 0
     for plan in writer.pending():
-        with writer.shard(plan) as shard:
+        if ring and not ring.make_room(plan):
+            return
+        with suppress(_NoMoreWanted), writer.shard(plan) as shard:
             for batch in iter_batches(source, plan.images, how.batch_size, workers=how.workers):
+                if ring and ring.stopped:
+                    raise _NoMoreWanted
                 skipped += len(batch.skipped)
                 _append(shard, models, batch, grid)
                 if progress:
                     progress(HarvestProgress(writer.images_done, writer.n_images, skipped))
-    buffer = writer.close()
-    if not buffer.n_rows("train"):
+        if ring:
+            ring.sealed()
+
+
+class _NoMoreWanted(Exception):
+    """Leaves a shard that nobody waits for unsealed."""
+
+
+def demand_training_rows(buffer: ActivationBuffer) -> None:
+    """Check that some training image could be decoded.
+
+    Raises:
+        ImageError: with the reason of the first that could not.
+    """
+    if not buffer.n_images("train"):
         raise ImageError(
-            f"none of the {len(spec.split.train)} training images of {source.location} could be decoded",
+            f"none of the training images of {buffer.source['location']} could be decoded",
             hint=f"first failure: {buffer.skipped[0].reason}" if buffer.skipped else "",
         )
-    return buffer
+
+
+def demand_same_models(models: Iterable[HookedModel], buffer: ActivationBuffer) -> None:
+    """Check that models are those that a buffer was made by; sites that it does not have are not looked at.
+
+    Raises:
+        BufferMismatchError: with both values of weights or preprocessing.
+    """
+    for model in models:
+        preprocessing = as_json(_describe_preprocessing(model), "the preprocessing")
+        now = {"weights_hash": model.weights_hash, "preprocessing": preprocessing}
+        for site in filter(buffer.specs.__contains__, map(str, model.sites)):
+            spec = buffer.specs[site]
+            then = {"weights_hash": spec.weights_hash, "preprocessing": spec.preprocessing}
+            differing = [f"{key}: {then[key]} on disk, {now[key]} now" for key in now if then[key] != now[key]]
+            if differing:
+                raise BufferMismatchError(
+                    f"model '{model.name}' is not the one that the buffer {buffer.path} was made by: "
+                    f"{'; '.join(differing)}",
+                    hint="give the weights and the preprocessing of the harvest, or run all stages again",
+                )
 
 
 def buffer_spec(

@@ -2,20 +2,31 @@
 
 from .manifest import Skipped
 from .moments import Moments
+from .online import OnlineBuffer, OnlinePlan
 from .open_shard import OpenShard
-from .spec import BufferSpec, ShardPlan, SiteSpec, StoredDtype
-from .store import ActivationBuffer, Rows
-from .writer import BufferWriter
+from .reader import Verify
+from .ring import Ring
+from .rows import BatchDataset, Rows
+from .spec import BufferSpec, ShardPlan, SiteSpec, StoredDtype, as_json
+from .store import ActivationBuffer
+from .writer import BufferWriter, discard_buffer
 
 __all__ = [
     "ActivationBuffer",
+    "BatchDataset",
     "BufferSpec",
     "BufferWriter",
     "Moments",
+    "OnlineBuffer",
+    "OnlinePlan",
     "OpenShard",
+    "Ring",
     "Rows",
     "ShardPlan",
     "SiteSpec",
     "Skipped",
     "StoredDtype",
+    "Verify",
+    "as_json",
+    "discard_buffer",
 ]

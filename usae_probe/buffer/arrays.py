@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from ..errors import SiteError, UsageError
 from ..split import Split, draw_split
 from .checks import as_stored
-from .spec import BufferSpec, SiteSpec, StoredDtype
+from .spec import IMAGE_INDEX, BufferSpec, SiteSpec, StoredDtype
 from .store import ActivationBuffer
 from .writer import BufferWriter
 
@@ -84,6 +85,23 @@ class RowsByImage:
         return digest.hexdigest()
 
 
+def read_npz(path: Path) -> dict[str, Any]:
+    """Return what `from_arrays` takes: `arrays` of an `.npz` file by site, and its `image_index`.
+
+    Raises:
+        UsageError: when the file cannot be read, or holds pickled objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
+        raise UsageError(
+            f"'{path}' cannot be read as .npz: {error}",
+            hint="write it with np.savez(path, **{'model/layer': array, …}), without pickled objects",
+        ) from error
+    return {"image_index": arrays.pop(IMAGE_INDEX, None), "arrays": arrays}
+
+
 def spec_of_arrays(
     rows: RowsByImage, *, holdout: float, validation: float, seed: int, dtype: StoredDtype, shard_images: int
 ) -> BufferSpec:
@@ -105,13 +123,13 @@ def spec_of_arrays(
 def write_arrays(rows: RowsByImage, spec: BufferSpec, out: str | Path) -> ActivationBuffer:
     """Write `rows` as a buffer, or open the one of the same content that is there already."""
     _demand_storable(rows, spec)
-    writer = BufferWriter(out, spec)
-    for plan in writer.pending():
-        with writer.shard(plan) as shard:
-            taken, row_images = rows.of_images(plan.images)
-            images = row_images if spec.sites[0].rows_per_image == 0 else plan.images
-            shard.append(images, {site: values[taken] for site, values in rows.arrays.items()})
-    return writer.close()
+    with BufferWriter(out, spec) as writer:
+        for plan in writer.pending():
+            with writer.shard(plan) as shard:
+                taken, row_images = rows.of_images(plan.images)
+                images = row_images if spec.sites[0].rows_per_image == 0 else plan.images
+                shard.append(images, {site: values[taken] for site, values in rows.arrays.items()})
+        return writer.close()
 
 
 def _demand_storable(rows: RowsByImage, spec: BufferSpec) -> None:

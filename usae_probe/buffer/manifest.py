@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..split import SplitName
 from .moments import Moments
 from .spec import BufferSpec
 
-SCHEMA = 1
+SCHEMA = 2  # 1: training shards came first, and held no moments of their own
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 
@@ -47,6 +48,7 @@ class ShardEntry:
         size: bytes of the file.
         crc: CRC32 of each dataset's bytes, by column (a site's key, `image_index` or `token_index`).
         skipped: images of this shard without rows.
+        dropped: its rows were used and its file is gone (`ring` only).
     """
 
     file: str
@@ -57,11 +59,29 @@ class ShardEntry:
     size: int
     crc: dict[str, int]
     skipped: tuple[Skipped, ...] = ()
+    dropped: bool = False
+
+    @property
+    def index(self) -> int:
+        """Number of the shard in the buffer's plan."""
+        return int(self.file.removeprefix("shard-").removesuffix(".h5"))
 
     @property
     def n_planned(self) -> int:
         """Images that the shard covers, with or without rows."""
         return self.n_images + len(self.skipped)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ShardEntry:
+        """Back from `asdict`.
+
+        Raises:
+            ValueError: when its file is no name in a buffer's folder.
+        """
+        entry = cls(**{**values, "skipped": tuple(Skipped(**image) for image in values["skipped"])})
+        if not re.fullmatch(r"shard-\d{5,}\.h5", entry.file):
+            raise ValueError(f"'{entry.file}' is no name of a shard")
+        return entry
 
 
 @dataclass(frozen=True)
@@ -72,8 +92,10 @@ class Manifest:
         identity: `BufferSpec.identity()`.
         display: `BufferSpec.display()`.
         moments: by site, over the training rows of all sealed shards.
-        shards: the sealed shards, in order.
-        complete: no shard is missing.
+        shards: the sealed shards, in the order of the plan.
+        complete: no shard is missing, or in a ring none that a training still waits for.
+        frozen: by site, the moments that a training which reads along goes by; None before `warmup_rows`.
+        schema: of the file that it was read from.
     """
 
     identity: dict[str, Any]
@@ -81,15 +103,35 @@ class Manifest:
     moments: Mapping[str, Moments]
     shards: tuple[ShardEntry, ...] = ()
     complete: bool = False
+    frozen: Mapping[str, Moments] | None = None
+    schema: int = SCHEMA
 
     @classmethod
     def of(cls, spec: BufferSpec) -> Manifest:
         """The manifest of a buffer without any shard yet."""
         return cls(spec.identity(), spec.display(), {site.site: Moments(site.d_in) for site in spec.sites})
 
-    def with_shard(self, entry: ShardEntry, moments: Mapping[str, Moments]) -> Manifest:
-        """This manifest after one more shard was sealed."""
-        return replace(self, shards=(*self.shards, entry), moments=moments)
+    @property
+    def present(self) -> list[ShardEntry]:
+        """The shards whose files are to be there."""
+        return [entry for entry in self.shards if not entry.dropped]
+
+    def entries(self, split: SplitName) -> list[ShardEntry]:
+        """The sealed shards of a split, the dropped ones too."""
+        return [entry for entry in self.shards if entry.split == split]
+
+    def with_shards(self, entries: Iterable[ShardEntry], moments: Mapping[str, Moments]) -> Manifest:
+        """This manifest after more shards were sealed; `moments` are those of all."""
+        together = sorted([*self.shards, *entries], key=lambda entry: entry.index)
+        return replace(self, shards=tuple(together), moments=moments)
+
+    def with_frozen(self, moments: Mapping[str, Moments]) -> Manifest:
+        """This manifest after the warm-up."""
+        return replace(self, frozen={site: so_far.copy() for site, so_far in moments.items()})
+
+    def without(self, files: Collection[str]) -> Manifest:
+        """This manifest after the rows of some shards were used up."""
+        return replace(self, shards=tuple(replace(e, dropped=e.dropped or e.file in files) for e in self.shards))
 
     def with_display(self, spec: BufferSpec) -> Manifest:
         """This manifest with what is shown of `spec`, such as the place that the images have moved to."""
@@ -104,6 +146,8 @@ class Manifest:
         document = {"schema": SCHEMA, "identity": self.identity, "display": self.display, "complete": self.complete}
         document["shards"] = [asdict(entry) for entry in self.shards]
         document["moments"] = {site: moments.to_dict() for site, moments in self.moments.items()}
+        if self.frozen is not None:
+            document["frozen"] = {site: moments.to_dict() for site, moments in self.frozen.items()}
         document["sha256"] = json_sha256(document)
         temporary = folder / (MANIFEST + TEMPORARY)
         try:
@@ -120,12 +164,18 @@ class Manifest:
             BufferIntegrityError: when there is none, or it is damaged or of a newer schema.
         """
         document = _read(folder / MANIFEST)
-        shards = tuple(
-            ShardEntry(**{**entry, "skipped": tuple(Skipped(**image) for image in entry["skipped"])})
-            for entry in document["shards"]
-        )
-        moments = {site: Moments.from_dict(values) for site, values in document["moments"].items()}
-        return cls(document["identity"], document["display"], moments, shards, document["complete"])
+        try:
+            return cls(
+                document["identity"],
+                document["display"],
+                _moments(document["moments"]),
+                tuple(map(ShardEntry.from_dict, document["shards"])),
+                document["complete"],
+                _moments(document["frozen"]) if "frozen" in document else None,
+                document["schema"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(folder / MANIFEST, f"its content is not what it should be ({error})") from error
 
     def demand_equal(self, spec: BufferSpec, folder: Path) -> None:
         """Check that this manifest is of a buffer made from `spec`.
@@ -134,6 +184,8 @@ class Manifest:
             BufferMismatchError: naming every field that differs, with both values.
         """
         lines = list(_differences(self.identity, spec.identity()))
+        if self.schema != SCHEMA and not self.complete:
+            lines.append(f"schema: {self.schema} on disk, {SCHEMA} is what this version can go on with")
         if not lines:
             return
         # Digests of index lists tell a reader nothing; what they were drawn by does.
@@ -144,6 +196,10 @@ class Manifest:
             f"the buffer {folder} was made from something else than what is asked for:\n  " + "\n  ".join(lines),
             hint="write to another folder, or delete this one to harvest again",
         )
+
+
+def _moments(values: Mapping[str, Any]) -> dict[str, Moments]:
+    return {site: Moments.from_dict(of_site) for site, of_site in values.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

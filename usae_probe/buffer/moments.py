@@ -86,20 +86,23 @@ class Moments:
 
     def copy(self) -> Moments:
         """An independent copy."""
-        return Moments.from_dict(self.to_dict())
+        return Moments.of(self.n, self.mean, self.m2)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; floats survive a round trip bit for bit."""
         return {"n": self.n, "mean": self.mean.tolist(), "m2": self.m2.tolist()}
 
     @classmethod
+    def of(cls, n: int, mean: np.ndarray, m2: np.ndarray) -> Moments:
+        """Moments that were found before; copies are kept."""
+        moments = cls(len(mean))
+        moments.n, moments.mean, moments.m2 = n, np.array(mean, dtype=np.float64), np.array(m2, dtype=np.float64)
+        return moments
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Moments:
         """Back from `to_dict`."""
-        moments = cls(len(values["mean"]))
-        moments.n = int(values["n"])
-        moments.mean = np.array(values["mean"], dtype=np.float64)
-        moments.m2 = np.array(values["m2"], dtype=np.float64)
-        return moments
+        return cls.of(int(values["n"]), np.array(values["mean"]), np.array(values["m2"]))
 
     def __repr__(self) -> str:
         return f"Moments(n={self.n}, d={self.d})"

@@ -2,130 +2,177 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..errors import BufferIntegrityError
 from ..split import SPLITS
-from .manifest import Manifest
+from .manifest import ShardEntry
 from .shard import ShardMap
-from .spec import IMAGE_INDEX, STORED, TOKEN_INDEX
+from .spec import IMAGE_INDEX, MOMENTS, STORED, TOKEN_INDEX
 
 Verify = Literal["first", "always", "never"]
+Columns = Mapping[str, np.dtype | None]
+"""Which columns, each in which dtype; None for the one that it is stored in."""
 
 # Python's mmap keeps a file descriptor per map, and a process has 1,024 of them by default.
 _MAPPED = 256
 
 
-class ColumnReader:
-    """Reads columns (a site's key, `image_index` or `token_index`) of sealed shards, in the dtype they are stored in.
+class _Piece(NamedTuple):
+    """Rows of one shard among rows that are wanted: their places among those, and in the shard."""
 
-    Maps are opened when first needed. Nothing of it survives pickling but what it was made from.
+    entry: ShardEntry
+    places: np.ndarray
+    rows: np.ndarray
+
+
+class ColumnReader:
+    """Reads columns (a site's key, `image_index` or `token_index`) of sealed shards.
+
+    Maps are opened when first needed. Several threads may read. Nothing of it survives pickling but what it was made
+    from, and no handle is open that a fork could share.
 
     Args:
         folder: the buffer's folder.
-        manifest: what it holds.
+        identity: of the buffer.
+        entries: the shards, in the order of the plan.
         verify: check the CRC32 of a dataset when it is first read, always or never.
-        memory_budget: bytes of the buffer up to which a split's column is loaded whole when rows of it are first
-            gathered.
+        whole: load a split's column into memory when rows of it are first gathered.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, verify: Verify, memory_budget: int) -> None:
-        self._folder, self._manifest, self._verify = folder, manifest, verify
-        dtype = STORED[manifest.identity["dtype"]]
-        self._layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
-            site: (dtype, (values["d_in"],)) for site, values in manifest.identity["sites"].items()
-        }
-        self._layout |= {IMAGE_INDEX: (np.dtype("<i8"), ()), TOKEN_INDEX: (np.dtype("<i4"), ())}
-        # Per split: the numbers of its shards, and the row at which each begins, with the row count as last entry.
-        self._shards: dict[str, list[int]] = {}
-        self._begins: dict[str, np.ndarray] = {}
-        for split in SPLITS:
-            numbers = [number for number, entry in enumerate(manifest.shards) if entry.split == split]
-            self._shards[split] = numbers
-            self._begins[split] = np.cumsum([0, *(manifest.shards[number].rows for number in numbers)])
-        self._in_memory = self.nbytes <= memory_budget and verify != "always"  # memory is not read again
-        self._maps: dict[int, ShardMap] = {}
-        self._mapped: dict[int, None] = {}  # the shards that may hold a file descriptor, the one used last at the end
-        self._verified: set[tuple[int, str]] = set()
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], entries: Iterable[ShardEntry], *, verify: Verify, whole: bool
+    ) -> None:
+        self._folder, self._verify = folder, verify
+        self.layout = layout_of(identity)
+        self._whole_columns = whole and verify != "always"  # memory is not read again
+        self._maps: dict[str, ShardMap] = {}
+        self._mapped: dict[str, None] = {}  # the shards that may hold a file descriptor, the one used last at the end
+        self._verified: set[tuple[str, str]] = set()
         self._loaded: dict[tuple[str, str], np.ndarray] = {}
+        self._lock = threading.RLock()
+        self.use(entries)
+
+    def use(self, entries: Iterable[ShardEntry]) -> None:
+        """Read these shards from now on; rows keep their numbers as long as shards are only added at the end."""
+        self._entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+        for entry in entries:
+            self._entries[entry.split].append(entry)
+            if entry.dropped:
+                self._maps.pop(entry.file, None)
+                self._mapped.pop(entry.file, None)
+        # Per split: the row at which each shard begins, with the row count as last entry.
+        self.begins = {
+            split: np.cumsum([0, *(entry.rows for entry in of_split)]) for split, of_split in self._entries.items()
+        }
 
     def n_rows(self, split: str) -> int:
         """Rows of a split."""
-        return int(self._begins[split][-1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows of all columns."""
-        per_row = sum(dtype.itemsize * int(np.prod(width)) for dtype, width in self._layout.values())
-        return per_row * sum(entry.rows for entry in self._manifest.shards)
+        return int(self.begins[split][-1])
 
     def slice(self, split: str, column: str, start: int, stop: int, dtype: np.dtype | None = None) -> np.ndarray:
         """Rows `start` to `stop` (exclusive) in storage order, as a copy, in `dtype` or as stored."""
         out = self._empty(column, stop - start, dtype)
-        begins = self._begins[split]
-        for shard, begin, end in zip(self._shards[split], begins[:-1], begins[1:], strict=True):
+        begins = self.begins[split]
+        for entry, begin, end in zip(self._entries[split], begins[:-1], begins[1:], strict=True):
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                out[first - start : last - start] = self._map(shard, column)[first - begin : last - begin]
+                out[first - start : last - start] = self._column(entry, column)[first - begin : last - begin]
         return out
 
-    def take(self, split: str, column: str, rows: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-        """The given rows, in the order given, as a copy, in `dtype` or as stored."""
-        if self._in_memory:
-            taken: np.ndarray = self._whole(split, column)[rows]
-            return taken if dtype is None else taken.astype(dtype, copy=False)
-        out = self._empty(column, len(rows), dtype)
-        order = np.argsort(rows, kind="stable")  # shard by shard, and forward through each file
-        wanted = rows[order]
-        begins = self._begins[split]
-        cuts = np.searchsorted(wanted, begins)
-        for shard, begin, first, last in zip(self._shards[split], begins[:-1], cuts[:-1], cuts[1:], strict=True):
-            if first < last:
-                out[order[first:last]] = self._map(shard, column)[wanted[first:last] - begin]
+    def take(self, split: str, columns: Columns, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The given rows of some columns, in the order given, as copies."""
+        if self._whole_columns:
+            wholes = {column: self._whole(split, column)[rows] for column in columns}
+            return {
+                column: taken if columns[column] is None else taken.astype(columns[column], copy=False)
+                for column, taken in wholes.items()
+            }
+        pieces = self._pieces(split, rows)
+        out = {column: self._empty(column, len(rows), dtype) for column, dtype in columns.items()}
+        for column, values in out.items():
+            for entry, places, in_shard in pieces:
+                values[places] = self._column(entry, column)[in_shard]
         return out
 
-    def problems(self) -> Iterator[str]:
-        """Read every dataset of every shard; say what is wrong with each that is damaged."""
-        for entry in self._manifest.shards:
-            try:
-                mapped = ShardMap(self._folder, entry)
-            except BufferIntegrityError as error:
-                yield error.message
-                continue
-            for column, layout in self._layout.items():
-                try:
-                    mapped.demand_intact(column, mapped.column(column, *layout))
-                except BufferIntegrityError as error:
-                    yield error.message
+    def _pieces(self, split: str, rows: np.ndarray) -> list[_Piece]:
+        """Sort rows shard by shard, and forward through each file."""
+        order = np.argsort(rows, kind="stable")
+        wanted, begins = rows[order], self.begins[split]
+        shards = np.searchsorted(begins, wanted, side="right") - 1
+        cuts = np.flatnonzero(np.diff(shards)) + 1
+        found = []
+        for places, sorted_rows in zip(np.split(order, cuts), np.split(wanted, cuts), strict=True):
+            if len(places):
+                shard = int(np.searchsorted(begins, sorted_rows[0], side="right")) - 1
+                found.append(_Piece(self._entries[split][shard], places, sorted_rows - begins[shard]))
+        return found
 
     def _whole(self, split: str, column: str) -> np.ndarray:
-        if (split, column) not in self._loaded:
-            self._loaded[split, column] = self.slice(split, column, 0, self.n_rows(split))
-        return self._loaded[split, column]
+        with self._lock:
+            if (split, column) not in self._loaded:
+                self._loaded[split, column] = self.slice(split, column, 0, self.n_rows(split))
+            return self._loaded[split, column]
 
-    def _map(self, shard: int, column: str) -> np.ndarray:
-        if shard not in self._maps:
-            self._maps[shard] = ShardMap(self._folder, self._manifest.shards[shard])
-        self._mapped.pop(shard, None)
-        self._mapped[shard] = None
-        if len(self._mapped) > _MAPPED:
-            oldest = next(iter(self._mapped))
-            del self._mapped[oldest]
-            self._maps[oldest].close()
-        values = self._maps[shard].column(column, *self._layout[column])
-        if self._verify == "always" or (self._verify == "first" and (shard, column) not in self._verified):
-            self._maps[shard].demand_intact(column, values)
-            self._verified.add((shard, column))
-        return values
+    def _column(self, entry: ShardEntry, column: str) -> np.ndarray:
+        with self._lock:
+            if entry.file not in self._maps:
+                self._maps[entry.file] = ShardMap(self._folder, entry)
+            self._mapped.pop(entry.file, None)
+            self._mapped[entry.file] = None
+            if len(self._mapped) > _MAPPED:
+                oldest = next(iter(self._mapped))
+                del self._mapped[oldest]
+                self._maps[oldest].close()
+            values = self._maps[entry.file].column(column, *self.layout[column])
+            if self._verify == "always" or (self._verify == "first" and (entry.file, column) not in self._verified):
+                self._maps[entry.file].demand_intact(column, values)
+                self._verified.add((entry.file, column))
+            return values
 
     def _empty(self, column: str, n: int, dtype: np.dtype | None) -> np.ndarray:
-        stored, width = self._layout[column]
+        stored, width = self.layout[column]
         return np.empty((n, *width), dtype or stored)
 
     def __getstate__(self) -> dict[str, object]:
         # A memory map would be pickled as a copy of the whole file.
-        return self.__dict__ | {"_maps": {}, "_mapped": {}, "_loaded": {}}
+        return self.__dict__ | {"_maps": {}, "_mapped": {}, "_loaded": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state | {"_lock": threading.RLock()})
+
+
+def layout_of(identity: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Dtype and width of every column of a buffer."""
+    dtype = STORED[identity["dtype"]]
+    layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
+        site: (dtype, (identity["sites"][site]["d_in"],)) for site in identity["site_order"]
+    }
+    return layout | {IMAGE_INDEX: (np.dtype("<i8"), ()), TOKEN_INDEX: (np.dtype("<i4"), ())}
+
+
+def problems(folder: Path, identity: Mapping[str, Any], entries: Iterable[ShardEntry]) -> Iterator[tuple[str, str]]:
+    """Read every dataset of every shard; yield for each shard its file and what is wrong with it, or nothing."""
+    layout = layout_of(identity)
+    for entry in entries:
+        wrong = []
+        try:
+            mapped = ShardMap(folder, entry)
+            for column in entry.crc:
+                site = column.removeprefix(MOMENTS)
+                try:
+                    if column == site:
+                        values = mapped.column(column, *layout[column])
+                    else:
+                        values = mapped.column(column, np.dtype("<f8"), layout[site][1], rows=2)
+                    mapped.demand_intact(column, values)
+                except BufferIntegrityError as error:
+                    wrong.append(error.message)
+        except BufferIntegrityError as error:
+            wrong.append(error.message)
+        yield entry.file, "; ".join(wrong)

@@ -1,9 +1,9 @@
-"""Shard files: contiguous HDF5 datasets, written whole and read as memory maps. The only module that uses h5py."""
+"""Shard files: contiguous HDF5 datasets, written whole and read as memory maps."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import h5py
@@ -11,11 +11,12 @@ import numpy as np
 
 from ..errors import BufferIntegrityError
 from .manifest import ShardEntry
-from .spec import dataset_name
+from .moments import Moments
+from .spec import MOMENTS, dataset_name
 
 # Fixed format bounds, no time stamps and one alignment: the same rows give the same bytes, whoever writes them and
 # when. v110 also puts checksums on HDF5's own structures, so that damage there is an error as well.
-_FORMAT = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": 64}
+FORMAT = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": 64}
 _RESTORE = "restore the file from a copy, or delete the buffer and harvest again"
 
 
@@ -25,7 +26,7 @@ def write_shard(path: Path, columns: Iterable[tuple[str, np.ndarray]]) -> dict[s
     `columns` is consumed lazily, so that only one column need be in memory at a time.
     """
     crc = {}
-    with h5py.File(path, "w", **_FORMAT) as file:
+    with h5py.File(path, "w", **FORMAT) as file:
         for column, values in columns:
             file.create_dataset(dataset_name(column), data=values, track_times=False)
             crc[column] = checksum(values)
@@ -85,8 +86,8 @@ class ShardMap:
         """Let go of the map and the file descriptor that comes with it; the next read maps the file again."""
         self._bytes = None
 
-    def column(self, column: str, dtype: np.dtype, width: tuple[int, ...]) -> np.ndarray:
-        """The dataset of `column`, [rows, *width], without a copy.
+    def column(self, column: str, dtype: np.dtype, width: tuple[int, ...], *, rows: int | None = None) -> np.ndarray:
+        """The dataset of `column`, [rows, *width], without a copy; by default as many rows as the shard has.
 
         Raises:
             BufferIntegrityError: when its place in the file, shape or dtype is not what the manifest says.
@@ -95,7 +96,7 @@ class ShardMap:
             demand_present(self._path.parent, self._entry)  # a map beyond a file's end would kill the process
             self._bytes = np.memmap(self._path, dtype=np.uint8, mode="r").view(np.ndarray)
         offset, shape, stored = self._places[column]
-        expected = (self._entry.rows, *width)
+        expected = (self._entry.rows if rows is None else rows, *width)
         size = dtype.itemsize * int(np.prod(expected))
         begin = offset or 0
         misplaced = begin + size > len(self._bytes) or (offset is None and size > 0)  # HDF5 gives no place to no bytes
@@ -114,6 +115,25 @@ class ShardMap:
         found, expected = checksum(values), self._entry.crc[column]
         if found != expected:
             raise _damaged(self._path, [column], f"its CRC32 is {found:08x} where the manifest says {expected:08x}")
+
+
+def merged_moments(folder: Path, entries: Iterable[ShardEntry], d_in: Mapping[str, int]) -> dict[str, Moments]:
+    """Merge the moments that training shards hold, by site, in the order of the plan.
+
+    So the last bits do not depend on who wrote the shards, or when.
+
+    Raises:
+        BufferIntegrityError: when a shard is missing or damaged.
+    """
+    total = {site: Moments(d) for site, d in d_in.items()}
+    for entry in sorted(entries, key=lambda entry: entry.index):
+        if entry.split == "train":
+            mapped = ShardMap(folder, entry)
+            for site, so_far in total.items():
+                values = mapped.column(MOMENTS + site, np.dtype("<f8"), (so_far.d,), rows=2)
+                mapped.demand_intact(MOMENTS + site, values)
+                so_far.merge(Moments.of(entry.rows, *values))
+    return total
 
 
 def _damaged(path: Path, columns: list[str], why: str) -> BufferIntegrityError:

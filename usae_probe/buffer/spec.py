@@ -16,6 +16,10 @@ StoredDtype = Literal["float16", "float32"]
 # Spelled out with the byte order: a buffer written on one machine is read on any other.
 STORED: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 IMAGE_INDEX, TOKEN_INDEX = "image_index", "token_index"
+MOMENTS = "moments:"
+"""Before a site's key: the column of a training shard's mean and M2, [2, d_in]."""
+HELD_OUT: tuple[SplitName, ...] = ("validation", "holdout")
+_SHARD_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,23 @@ class ShardPlan:
         return f"shard-{self.index:05d}.h5"
 
 
+@dataclass(frozen=True)
+class RingSpec:
+    """How a training uses up the training shards of a ring while they are written.
+
+    Attributes:
+        window: shards that rows are mixed in.
+        warmup_shards: training shards after which the normalisation is frozen.
+        reuse: times that every row is drawn.
+        training: digest of the training's settings; rows that one has used up cannot serve another.
+    """
+
+    window: int
+    warmup_shards: int
+    reuse: int
+    training: str
+
+
 @dataclass(frozen=True, eq=False)
 class BufferSpec:
     """Everything that a buffer is made from.
@@ -96,8 +117,9 @@ class BufferSpec:
         split: which images are used for what.
         split_request: limit, holdout, validation and seed that `split` was drawn by, JSON-able; shown, not compared.
         dtype: in which rows are stored.
-        shard_images: images per shard; the last shard of a split has the rest.
+        shard_images: images per shard, at most: see `images_per_shard`.
         batch_size: images per forward pass. It can change the last bits of activations.
+        ring: where a training uses rows up while they are written; None to keep all of them.
     """
 
     sites: tuple[SiteSpec, ...]
@@ -107,6 +129,7 @@ class BufferSpec:
     dtype: StoredDtype = "float16"
     shard_images: int = 512
     batch_size: int = 64
+    ring: RingSpec | None = None
 
     def __post_init__(self) -> None:
         _check_sites(self.sites)
@@ -117,6 +140,24 @@ class BufferSpec:
         images = np.concatenate([indices for _, indices in self.split])
         if len(np.unique(images)) != len(images):
             raise UsageError("the split holds an image more than once", hint="draw it with draw_split")
+
+    @property
+    def images_per_shard(self) -> int:
+        """`shard_images`, or as many as 128 MiB hold where that is fewer: a shard is in memory while it is filled.
+
+        The last shard of a split has the rest.
+        """
+        return max(1, min(self.shard_images, _SHARD_BYTES // self.image_bytes))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row takes on disk, in all columns."""
+        return STORED[self.dtype].itemsize * sum(site.d_in for site in self.sites) + 12
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that the rows of one image take on disk; of one row where their number varies."""
+        return self.row_bytes * max(1, self.sites[0].rows_per_image)
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the buffer's bits, as JSON gives it back.
@@ -130,9 +171,11 @@ class BufferSpec:
             "source": {key: value for key, value in self.source.items() if key != "location"},
             "split": {"digest": self.split.digest()} | {name: len(indices) for name, indices in self.split},
             "dtype": self.dtype,
-            "shard_images": self.shard_images,
+            "shard_images": self.images_per_shard,
             "batch_size": self.batch_size,
         }
+        if self.ring:
+            identity["ring"] = asdict(self.ring)
         return as_json(identity, "the buffer's identity")
 
     def display(self) -> dict[str, Any]:
@@ -141,18 +184,23 @@ class BufferSpec:
         return as_json(display, "the split request")
 
     def plans(self) -> list[ShardPlan]:
-        """The shards of this buffer: chunks of `shard_images` of each split; no shard holds images of two splits."""
+        """The shards of this buffer: chunks of `shard_images` of each split; no shard holds images of two splits.
+
+        Held-out images come first, so that a training which reads along can validate from the start.
+        """
+        size = self.images_per_shard
         chunks = [
-            (name, start, indices[start : start + self.shard_images].astype(np.int64))
-            for name, indices in self.split
-            for start in range(0, len(indices), self.shard_images)
+            (name, start, self.split[name][start : start + size].astype(np.int64))
+            for name in (*HELD_OUT, "train")
+            for start in range(0, len(self.split[name]), size)
         ]
         return [ShardPlan(index, *chunk) for index, chunk in enumerate(chunks)]
 
 
 def dataset_name(column: str) -> str:
-    """Name of a column's dataset in a shard; `/` would make HDF5 groups."""
-    return column.replace("/", "__")
+    """Name of a column's dataset in a shard; a `/` in the column would make HDF5 groups."""
+    group = "moments/" if column.startswith(MOMENTS) else ""
+    return group + column.removeprefix(MOMENTS).replace("/", "__")
 
 
 def as_json(values: dict[str, Any], what: str) -> dict[str, Any]:

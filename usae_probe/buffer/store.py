@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..errors import SiteError, UsageError, nearest
+from ..errors import SiteError, StageError, UsageError, nearest
 from ..split import SPLITS
-from .batches import batch_rows, steps_per_epoch
-from .manifest import Manifest, Skipped
+from .batches import batch_rows, read_ahead, steps_per_epoch
+from .manifest import SCHEMA, Manifest, ShardEntry, Skipped
 from .moments import Moments
-from .reader import ColumnReader, Verify
+from .reader import ColumnReader, Verify, layout_of, problems
+from .rows import BatchDataset, Rows
 from .shard import demand_present
 from .spec import IMAGE_INDEX, TOKEN_INDEX, SiteSpec, StoredDtype
 
 _FLOAT32 = np.dtype(np.float32)
-
-
-class Rows(NamedTuple):
-    """Row-paired activations: row i of every site comes from the same image and the same place in it.
-
-    Attributes:
-        values: by site, [n, d_in] float32; copies, free to be changed.
-        image_index: [n] int64, the image in its source.
-        token_index: [n] int32, the row's number within its image.
-    """
-
-    values: dict[str, np.ndarray]
-    image_index: np.ndarray
-    token_index: np.ndarray
-
-    @property
-    def n(self) -> int:
-        """Number of rows (`len` counts a NamedTuple's fields)."""
-        return len(self.image_index)
+MEMORY = 2**30
+_POOL = 64  # shards: more mix no better, and every one is a piece of every batch
 
 
 class ActivationBuffer:
@@ -45,8 +29,9 @@ class ActivationBuffer:
     Args:
         path: the folder.
         verify: compare a dataset's CRC32 with the manifest's when it is first read, at every read, or never.
-        memory_budget: bytes up to which the buffer is kept in memory once rows are gathered; above, they are gathered
-            from the files.
+        memory_budget: bytes up to which the buffer is loaded into memory once rows are gathered. Above, they are
+            gathered from the files, and batches are mixed in a pool of as many shards as that memory would hold, 2 to
+            64: it is in the page cache, not in the process.
 
     Attributes:
         path: the folder.
@@ -58,13 +43,15 @@ class ActivationBuffer:
             shards shows when they are read, or by `verify()`.
     """
 
-    def __init__(self, path: str | Path, *, verify: Verify = "first", memory_budget: int = 2**30) -> None:
+    def __init__(self, path: str | Path, *, verify: Verify = "first", memory_budget: int = MEMORY) -> None:
         self.path = Path(path)
         self._manifest = Manifest.load(self.path)
         sites = self._manifest.identity["sites"]
         self.specs = {site: SiteSpec.from_identity(sites[site]) for site in self._manifest.identity["site_order"]}
         self.complete = self._manifest.complete
-        self._reader = ColumnReader(self.path, self._manifest, verify=verify, memory_budget=memory_budget)
+        self._whole = self.nbytes + 8 * sum(entry.rows for entry in self._manifest.present) <= memory_budget
+        self._memory_budget = memory_budget
+        self._reader = ColumnReader(self.path, self.identity, self._manifest.present, verify=verify, whole=self._whole)
 
     @classmethod
     def from_arrays(
@@ -112,6 +99,22 @@ class ActivationBuffer:
         )
         return write_arrays(rows, spec, out)
 
+    @classmethod
+    def from_npz(cls, path: str | Path, out: str | Path, **settings: Any) -> ActivationBuffer:
+        """Make a buffer of an `.npz` file: an array [n, d] under each site's key, and `image_index` if it is there.
+
+        Args:
+            path: the file, as `np.savez(path, **{"a/layer": x, "b/layer": y})` writes it.
+            out: the folder to write.
+            settings: `holdout`, `seed`, `dtype`, … as for `from_arrays`, which also says what it raises.
+
+        Raises:
+            UsageError: when the file cannot be read, or holds pickled objects.
+        """
+        from .arrays import read_npz
+
+        return cls.from_arrays(out=out, **read_npz(Path(path)), **settings)
+
     @property
     def sites(self) -> list[str]:
         """Keys of the sites, in the order of the columns."""
@@ -145,6 +148,11 @@ class ActivationBuffer:
         return dict(self._manifest.display["split_request"])
 
     @property
+    def is_of_an_older_version(self) -> bool:
+        """Whether it lacks shards that this version cannot add, because an older one began it."""
+        return self._manifest.schema != SCHEMA and not self.complete
+
+    @property
     def skipped(self) -> list[Skipped]:
         """Images without rows, and why."""
         return [image for entry in self._manifest.shards for image in entry.skipped]
@@ -152,11 +160,32 @@ class ActivationBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows as stored."""
-        return self._reader.nbytes
+        return self._row_bytes * sum(entry.rows for entry in self._manifest.present)
+
+    @property
+    def _row_bytes(self) -> int:
+        return sum(dtype.itemsize * int(np.prod(width)) for dtype, width in layout_of(self.identity).values())
+
+    @property
+    def shards(self) -> list[ShardEntry]:
+        """The sealed shards, also those that a ring has dropped."""
+        return list(self._manifest.shards)
+
+    def pool(self, split: str = "train") -> int | None:
+        """Shards among which `batches` mixes rows; None: all rows at once."""
+        entries = [entry for entry in self._manifest.present if entry.split == _known_split(split)]
+        if self._whole or not entries:
+            return None
+        window = pool_of(self._memory_budget, self._row_bytes * max(entry.rows for entry in entries))
+        return window if window < len(entries) else None
 
     def n_rows(self, split: str) -> int:
         """Rows of `split` ("train", "validation" or "holdout") sealed so far."""
         return self._reader.n_rows(_known_split(split))
+
+    def rows_at_start(self) -> int:
+        """Training rows that a training can look at before its first step."""
+        return self.n_rows("train")
 
     def n_images(self, split: str) -> int:
         """Images of `split` with rows, sealed so far."""
@@ -202,12 +231,10 @@ class ActivationBuffer:
             raise UsageError(
                 f"rows of shape {list(wanted.shape)}, {_span(wanted)}, do not lie in 0 … {n - 1} of '{split}'"
             )
-        take = self._reader.take
-        return Rows(
-            {site: take(split, site, wanted, _FLOAT32) for site in known},
-            take(split, IMAGE_INDEX, wanted),
-            take(split, TOKEN_INDEX, wanted),
+        taken = self._reader.take(
+            split, dict.fromkeys(known, _FLOAT32) | {IMAGE_INDEX: None, TOKEN_INDEX: None}, wanted
         )
+        return Rows({site: taken[site] for site in known}, taken[IMAGE_INDEX], taken[TOKEN_INDEX])
 
     def batches(
         self,
@@ -218,11 +245,13 @@ class ActivationBuffer:
         start_step: int = 0,
         sites: Sequence[str] | None = None,
         share: slice = slice(None),
+        workers: int = 0,
     ) -> Iterator[Rows]:
         """Shuffled batches without end; each epoch goes through all rows in a new order.
 
-        What step t holds depends on `seed` and t alone. Rows that do not fill a last batch wait for the next epoch; a
-        `batch_size` above the number of rows counts as that number.
+        What step t holds depends on `seed` and t alone (and on `pool`, where the buffer is larger than the memory
+        budget). Rows that do not fill a last batch wait for the next epoch; a `batch_size` above the number of rows
+        counts as that number.
 
         Args:
             split: "train", "validation" or "holdout".
@@ -231,13 +260,30 @@ class ActivationBuffer:
             start_step: number of the first batch; a run resumed there sees what it would have seen.
             sites: which ones; all by default.
             share: the part of every batch that is read, where several processes have one each.
+            workers: threads that read the next batches meanwhile; the batches are the same.
 
         Raises:
             UsageError: at once when the split has no rows or a number is out of range.
         """
         known = self._known_sites(sites)
-        numbers = batch_rows(self.n_rows(split), batch_size, seed=seed, start_step=start_step)
-        return (self.gather(split, rows[share], known) for rows in numbers)
+        if workers < 0:
+            raise UsageError(f"workers={workers} must not be negative")
+        numbers = self.numbers(split, batch_size, seed, start_step)
+        return read_ahead(lambda rows: self.gather(split, rows[share], known), numbers, workers)
+
+    def numbers(self, split: str, batch_size: int, seed: int, start_step: int) -> Iterator[np.ndarray]:
+        """The rows of `batches`, by their numbers within the split."""
+        begins = self._reader.begins[_known_split(split)]
+        return batch_rows(begins, batch_size, seed=seed, start_step=start_step, window=self.pool(split))
+
+    def dataset(
+        self, split: str, batch_size: int, *, seed: int, steps: int, sites: Sequence[str] | None = None
+    ) -> BatchDataset:
+        """The batches as a map-style dataset of `steps` entries, for a DataLoader that has `batch_size=None`.
+
+        Entry t is batch t of `batches`, whichever worker reads it: the same for any number of them, forked or spawned.
+        """
+        return BatchDataset(self, _known_split(split), batch_size, seed, steps, self._known_sites(sites))
 
     def steps_per_epoch(self, split: str, batch_size: int) -> int:
         """Batches per epoch that `batches` gives."""
@@ -249,12 +295,34 @@ class ActivationBuffer:
         Raises:
             BufferIntegrityError: naming the first that is not.
         """
-        for entry in self._manifest.shards:
+        for entry in self._manifest.present:
             demand_present(self.path, entry)
 
-    def verify(self) -> list[str]:
-        """Read every dataset of every shard and say what is wrong with each that is missing or damaged."""
-        return list(self._reader.problems())
+    def demand_all_rows(self) -> None:
+        """Check that no training rows were dropped.
+
+        Raises:
+            StageError: when this is what a ring left.
+        """
+        dropped = sum(entry.rows for entry in self._manifest.shards if entry.dropped)
+        if dropped:
+            raise StageError(
+                f"{self.path} was a ring: {dropped} of its training rows were dropped once they had been used",
+                hint="harvest with [buffer] mode = 'store' to train more than once",
+            )
+
+    def verify(self, progress: Callable[[str], None] | None = None) -> list[str]:
+        """Read every dataset of every shard and say what is wrong with each that is missing or damaged.
+
+        Args:
+            progress: called with the file of each shard that has been read.
+        """
+        wrong = []
+        for file, what in problems(self.path, self.identity, self._manifest.present):
+            wrong += [what] if what else []
+            if progress:
+                progress(file)
+        return wrong
 
     def _slice(self, split: str, sites: list[str], start: int, stop: int) -> Rows:
         piece = self._reader.slice
@@ -276,6 +344,11 @@ class ActivationBuffer:
         state = "complete" if self.complete else "incomplete"
         size = f"{self.nbytes / 1e6:.1f} MB {self.dtype}"
         return f"ActivationBuffer('{self.path}': {', '.join(self.sites)}; {rows} rows; {size}; {state})"
+
+
+def pool_of(memory: int, shard_bytes: int) -> int:
+    """Return how many shards a pool of so much memory has."""
+    return min(max(2, memory // max(1, shard_bytes)), _POOL)
 
 
 def _known_split(split: str) -> str:

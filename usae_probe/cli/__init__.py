@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from . import models, stages, sweep
+from . import buffer, models, stages, sweep
 
 app = typer.Typer(
     name="usae-probe",
@@ -33,6 +33,7 @@ for _command in (
     models.layers,
 ):
     app.command()(_command)
+app.add_typer(buffer.app)
 
 
 def main() -> None:

@@ -46,8 +46,10 @@ def together() -> Iterator[World | None]:
 
 
 def help_process_0(config: RunConfig, folder: Path, stages: tuple[Stage, ...] | None, world: World) -> None:
-    """Train with process 0, which does all the rest."""
-    if stages is None or "train" in stages:
-        from ..pipeline import help_train
+    """Harvest and train with process 0, which does all the rest."""
+    from ..pipeline import help_harvest, help_train
 
+    if stages is None or "harvest" in stages:
+        help_harvest(folder, config, world)
+    if stages is None or "train" in stages:
         help_train(folder, config, world)

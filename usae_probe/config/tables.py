@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from .recipes import weights, with_recipe
 from .sparsities import check_matryoshka
@@ -63,11 +63,43 @@ class ImagesConfig(Table):
 
 
 class BufferConfig(Table):
-    """`[buffer]`: how activations lie on disk."""
+    """`[buffer]`: how activations lie on disk, and how they are read."""
 
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype on disk")
-    mode: Literal["store"] = Field("store", description="keep all rows")
-    shard_images: int = Field(512, ge=1, description="images per sealed shard: what a kill can cost")
+    mode: Literal["store", "ring"] = Field(
+        "store", description="store: keep all rows; ring: train while harvesting and drop training rows once used"
+    )
+    capacity: ByteSize | None = Field(None, description="ring: what it may take on disk, held-out rows included")
+    online: bool = Field(False, description="store: train while harvesting (a ring always does)")
+    reuse: int = Field(1, ge=1, description="times that a row is drawn in the pass that goes along with the harvest")
+    warmup_rows: int = Field(
+        65_536, ge=1, description="training rows whose mean and scale such a training goes by; it begins after them"
+    )
+    memory: ByteSize = Field(
+        ByteSize(2**30),
+        description="buffers up to this size are loaded whole; larger ones are shuffled in a pool of that size",
+    )
+    verify: Literal["first", "always", "never"] = Field(
+        "first", description="when checksums are compared: as data are first read in a process, at every read, never"
+    )
+    shard_images: int = Field(
+        512, ge=1, description="images per sealed shard, what a kill can cost; fewer where they would take over 128 MiB"
+    )
+
+    @property
+    def trains_along(self) -> bool:
+        """Whether training goes along with the harvest."""
+        return self.online or self.mode == "ring"
+
+    @model_validator(mode="after")
+    def _ring(self) -> BufferConfig:
+        if self.mode == "ring" and self.capacity is None:
+            raise ValueError("mode = 'ring' needs a capacity: capacity = '20GB'")
+        if self.mode == "store" and self.capacity is not None:
+            raise ValueError("capacity bounds a ring: set mode = 'ring', or leave it out")
+        if self.reuse > 1 and not self.trains_along:
+            raise ValueError(f"reuse = {self.reuse} is for training along with the harvest: set online = true")
+        return self
 
 
 class UsaeConfig(Table):

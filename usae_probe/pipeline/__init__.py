@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .buffers import help_harvest
 from .cell import CellResult
 from .grid import Combination, parsed_settings
 from .outcomes import Progress, RunResult, StageResult
@@ -25,6 +26,7 @@ __all__ = [
     "Sweep",
     "SweepProgress",
     "SweepResult",
+    "help_harvest",
     "help_train",
     "parsed_settings",
     "peak_memory",

@@ -16,8 +16,8 @@ import torch
 
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import StageError
 from ..files import sha256, write_json
+from ..harvesting import demand_same_models
 from ..hooks import HookedModel
 from ..images import ImageSource, Preprocessing, decode_file
 from ..probes import NaturalFires, find_exemplars, one_site_per_model
@@ -56,10 +56,10 @@ class CamStage:
         """Make what is missing, then the sheets and `cam.json`.
 
         Raises:
-            StageError: when a model's weights are not those that were harvested.
+            BufferMismatchError: when a model or its preprocessing is not the one that was harvested.
             NoLatentsError, UsageError: when no latent can be chosen, or a number is none of the latents.
         """
-        _demand_same_weights(models, buffer)
+        demand_same_models(models, buffer)
         latents = choose_latents(self.config.cam.latents, self.folder)
         sites = one_site_per_model(usae.sites, self.config.probes.sites)
         natural = find_exemplars(usae, buffer, latents, sites=sites, n=self.config.cam.exemplars)
@@ -178,16 +178,6 @@ class CamStage:
             record["z"],
             natural.held_out_maximum,
         )
-
-
-def _demand_same_weights(models: Sequence[HookedModel], buffer: ActivationBuffer) -> None:
-    for model in models:
-        for site in map(str, model.sites):
-            if site in buffer.specs and buffer.specs[site].weights_hash != model.weights_hash:
-                raise StageError(
-                    f"the weights of model '{model.name}' are not those whose activations were harvested",
-                    hint="give the checkpoint of the harvest, or run all stages again with the new weights",
-                )
 
 
 def _described(record: Mapping[str, Any], natural: NaturalFires) -> dict[str, Any]:

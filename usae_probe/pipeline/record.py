@@ -46,12 +46,19 @@ class RunRecord:
 
         A run from before a key was there was done with its default.
         """
+        return sorted(self._differing(stage, config))
+
+    def changes(self, stage: Stage, config: RunConfig) -> list[str]:
+        """Return those keys with both values: what the stage was done with, and what the config says now."""
+        differing = self._differing(stage, config)
+        return [f"{key}: {then} then, {now} now" for key, (then, now) in sorted(differing.items())]
+
+    def _differing(self, stage: Stage, config: RunConfig) -> dict[str, tuple[Any, Any]]:
         before = self._data["stages"].get(stage, {}).get("depends_on", {})
         now = depends_on(stage, config, self._data["results"], self.folder.resolve())
-        if not before:
-            return sorted(now)
-        then = {key: default_of(key) for key in now.keys() - before.keys()} | before
-        return sorted(key for key in then if then[key] != now.get(key))
+        then = {key: default_of(key) for key in now.keys() - before.keys()} | before if before else {}
+        every = then if before else now
+        return {key: (then.get(key), now.get(key)) for key in every if not before or then[key] != now.get(key)}
 
     def finish(self, stage: Stage, config: RunConfig, seconds: float, about: Mapping[str, Any] | None = None) -> None:
         """Write down that a stage is finished; `about` is what else is worth keeping, on which nothing depends."""

@@ -6,28 +6,30 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ..attaching import attach, check_device
+from ..attaching import check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import BufferIntegrityError, NoLatentsError, StageError, UsaeProbeWarning
+from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsError, StageError, UsaeProbeWarning
 from ..files import write_text
-from ..harvesting import buffer_spec, harvest
+from ..harvesting import HarvestProgress, buffer_spec, harvest
 from ..hooks import HookedModel
 from ..images import annotations_of, open_source
 from ..probes import UniversalityReport, evaluate, one_site_per_model
 from ..report import figures
 from ..split import SPLITS
 from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, read_history, warn_without_bottleneck
+from .buffers import discard_other_buffer, train_along
+from .models import attach_all
 from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
-from .source import same_source
+from .source import demand_same_images, same_source
 from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
-from .training import kernel_note, kernel_of, note_of, train_in
+from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
 
 
 class Run:
@@ -77,10 +79,11 @@ class Run:
             check_tensorboard()
         for before in earlier(stages[0]):
             self._require(before)
-        results = []
+        self._check_along(stages)
+        results: list[StageResult] = []
         for stage in stages:
             try:
-                results.append(self._stage(stage))
+                results += self._stages(stage, stages)
             except NoLatentsError as error:
                 if not results:
                     raise
@@ -94,57 +97,143 @@ class Run:
             report=self._report,
         )
 
-    def _stage(self, stage: Stage) -> StageResult:
-        changed, missing = self._record.changed(stage, self.config), self._missing(stage)
-        finished = self._record.finished(stage)
-        if finished and not changed and not missing:
-            if stage == "train":
-                self._world.tell("kept")
+    def _check_along(self, stages: tuple[Stage, ...]) -> None:
+        """Check what is asked for of a training that goes along with its harvest.
+
+        Raises:
+            ConfigError: when it would have to be taken apart, or shared by several processes.
+        """
+        store = self.config.buffer
+        if store.trains_along and self._world.size > 1 and {"harvest", "train"} & set(stages):
+            raise ConfigError(
+                f"training along with the harvest works in one process, {self._world.size} were started",
+                hint="set [buffer] mode = 'store' and online = false: all processes then harvest, and train after that",
+            )
+        if store.mode == "ring" and len({"harvest", "train"} & set(stages)) == 1:
+            raise ConfigError(
+                "a ring is harvested and trained from at the same time: one without the other is nothing",
+                hint="do `usae-probe run` with this config; or set [buffer] mode = 'store'",
+            )
+
+    def _stages(self, stage: Stage, stages: tuple[Stage, ...]) -> list[StageResult]:
+        """Do a stage; nothing for a harvest that the training will do along the way, and both then."""
+        along = self.config.buffer.trains_along and {"harvest", "train"} <= set(stages)
+        if not along or stage not in ("harvest", "train") or not self._harvest_is_due():
+            return [self._stage(stage)]
+        if stage == "harvest":
+            return []
+        started = time.perf_counter()
+        why = {each: self._why(each) for each in ("harvest", "train")}
+        done = self._stage("train", why=why["train"] or why["harvest"])
+        together = StageResult(
+            "harvest", kept=False, seconds=time.perf_counter() - started, why=why["harvest"], note="along with training"
+        )
+        return [together, done]
+
+    def _harvest_is_due(self) -> bool:
+        """Say whether there are shards to harvest while training; a ring keeps none for another training."""
+        if self._is_done("harvest"):
+            return self.config.buffer.mode == "ring" and not self._is_done("train")
+        return True
+
+    def _is_done(self, stage: Stage) -> bool:
+        return self._record.finished(stage) and not self._why(stage)
+
+    def _why(self, stage: Stage) -> str:
+        """Return why a finished stage is to be redone; nothing for one that is not, or was not finished."""
+        if not self._record.finished(stage):
+            return ""
+        changed = self._record.changed(stage, self.config)
+        few = f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''} changed"
+        return few if changed else self._missing(stage)
+
+    def _stage(self, stage: Stage, why: str | None = None) -> StageResult:
+        """Do a stage, unless it is done and there is no `why` to redo it."""
+        because = self._why(stage) if why is None else why
+        if why is None and self._record.finished(stage) and not because:
+            self._tell(stage, "kept")
+            if stage == "harvest":
+                self._demand_same_images()
             result = StageResult(stage, kept=True, seconds=0.0)
             self._announce(result)
             return result
-        why = f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''} changed" if changed else missing
-        why = why if finished else ""
-        self._announce((stage, why))
+        self._announce((stage, because))
         started = time.perf_counter()
         doing = {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate, "cam": self._cam}[stage]
         end = doing() or StageEnd()
-        result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=why, note=end.note)
+        result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=because, note=end.note)
         self._record.finish(stage, self.config, result.seconds, end.about)
         self._announce(result)
         return result
+
+    def _tell(self, stage: Stage, word: str) -> None:
+        """Let the other processes, which help with two stages, know what becomes of one."""
+        if stage in ("harvest", "train"):
+            self._world.tell(word)
+
+    def _demand_same_images(self) -> None:
+        """Check that a buffer that is kept was made of the images that are there now; they need not be there.
+
+        Raises:
+            BufferMismatchError: with both fingerprints.
+        """
+        with suppress(ImageError, OSError):
+            demand_same_images(open_source(self.config.image_path), self.buffer())
 
     def _harvest(self) -> None:
         config = self.config
         check_device(config.train.device)
         with ExitStack() as closing:
-            models = self._attach(closing)
-            d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
-            warn_without_bottleneck(d_in, config.usae.k, config.usae.sparsity)
-            one_site_per_model(list(d_in), config.probes.sites)
+            models = self._checked_models(closing)
             source = open_source(config.image_path)
             spec = buffer_spec(models, source, config.images, config.buffer)
-            self._discard_other_buffer(spec.identity())
+            discard_other_buffer(self.folder / "buffer", spec)
+            self._tell("harvest", "harvest")
             harvest(
                 models,
                 source,
                 self.folder / "buffer",
                 images_config=config.images,
                 buffer_config=config.buffer,
-                progress=lambda p: self._progress(
-                    Progress("harvest", p.done, p.total, "images", f"{p.skipped} skipped" if p.skipped else "")
-                ),
+                progress=self._harvested,
+                world=self._world,
             )
+
+    def _checked_models(self, closing: ExitStack) -> list[HookedModel]:
+        """Attach to all models, and check what can be known of their sites before the first image is looked at."""
+        models = attach_all(self.config, closing, self._world)
+        d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
+        warn_without_bottleneck(d_in, self.config.usae.k, self.config.usae.sparsity)
+        one_site_per_model(list(d_in), self.config.probes.sites)
+        return models
+
+    def _harvested(self, now: HarvestProgress) -> None:
+        self._progress(
+            Progress("harvest", now.done, now.total, "images", f"{now.skipped} skipped" if now.skipped else "")
+        )
+
+    def _trained(self, record: StepRecord) -> None:
+        self._progress(Progress("train", record.step, record.steps, "steps", note_of(record)))
 
     def _train(self) -> StageEnd:
         check_device(self.config.train.device)
-
-        def follow(record: StepRecord) -> None:
-            self._progress(Progress("train", record.step, record.steps, "steps", note_of(record)))
-
-        done = train_in(self.folder, self.config, self.buffer(), follow, self._world)
+        if self.config.buffer.trains_along:
+            done = self._train_along()
+        else:
+            done = train_in(self.folder, self.config, self.buffer(), self._trained, self._world)
         kernel = kernel_of(done)
         return StageEnd(self._train_note(done, kernel), {"kernel": kernel} if kernel else {})
+
+    def _train_along(self) -> TrainResult:
+        started, due = time.perf_counter(), self._harvest_is_due()
+        with ExitStack() as closing:
+            models, source = self._checked_models(closing), open_source(self.config.image_path)
+            done = train_along(
+                self.folder, self.config, models, source, harvested=self._harvested, trained=self._trained
+            )
+        if due:
+            self._record.finish("harvest", self.config, time.perf_counter() - started)
+        return done
 
     def _train_note(self, done: TrainResult, kernel: Mapping[str, Any] | None) -> str:
         return "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
@@ -185,7 +274,7 @@ class Run:
 
     def buffer(self) -> ActivationBuffer:
         """Open the run's buffer."""
-        return ActivationBuffer(self.folder / "buffer")
+        return buffer_of(self.config, self.folder)
 
     def usae(self) -> USAE:
         """Load the run's USAE."""
@@ -196,26 +285,9 @@ class Run:
             CamStage(self.config, self.folder).do(
                 self.usae(),
                 self.buffer(),
-                self._attach(closing),
+                attach_all(self.config, closing),
                 progress=lambda p: self._progress(Progress("cam", p.done, p.total, "steps", p.site)),
             )
-
-    def _attach(self, closing: ExitStack) -> list[HookedModel]:
-        """Attach to all models; they are closed with `closing`."""
-        models = []
-        for name, entry in self.config.models.items():
-            given = entry.model_dump(exclude={"adapter", "name", "layers"})
-            model = attach(
-                entry.name,
-                adapter=entry.adapter,
-                name=name,
-                layers=entry.layers,
-                base=self.config.base,
-                where=self.config.lists_layers,
-                **given,
-            )
-            models.append(closing.enter_context(model))
-        return models
 
     def _json(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
@@ -241,30 +313,8 @@ class Run:
                 f"'{self.folder}' has no finished {stage}: {detail}",
                 hint=f"do `usae-probe {stage}` with the same config first, or `usae-probe run` for all stages",
             )
-        if changed := self._record.changed(stage, self.config):
+        if changed := self._record.changes(stage, self.config):
             raise StageError(
-                f"the {stage} in '{self.folder}' was done with another config: {', '.join(changed)} changed",
+                f"the {stage} in '{self.folder}' was done with another config: {'; '.join(changed)}",
                 hint=f"do `usae-probe {stage}` again, or `usae-probe run`; or choose another --out",
             )
-
-    def _discard_other_buffer(self, identity: dict[str, Any]) -> None:
-        """Remove a buffer that lacks shards or is made from something else; called once all that is new is checked.
-
-        Raises:
-            BufferIntegrityError: for a manifest that cannot be read, of a newer schema say: nothing is removed then.
-        """
-        folder = self.folder / "buffer"
-        manifest = folder / "manifest.json"
-        if not folder.is_dir() or (manifest.exists() and self._is_whole(ActivationBuffer(folder), identity)):
-            return
-        manifest.unlink(missing_ok=True)
-        for shard in folder.glob("shard-*.h5"):
-            shard.unlink()
-
-    @staticmethod
-    def _is_whole(buffer: ActivationBuffer, identity: dict[str, Any]) -> bool:
-        try:
-            buffer.demand_present()
-        except BufferIntegrityError:
-            return False
-        return buffer.identity == identity

@@ -6,18 +6,36 @@ import warnings
 
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import ImageError, UsaeProbeWarning
+from ..errors import BufferMismatchError, ImageError, UsaeProbeWarning
 from ..images import ImageSource, open_source
 
 
+def demand_same_images(source: ImageSource, buffer: ActivationBuffer) -> None:
+    """Check that a source holds the images that a buffer was made of.
+
+    Raises:
+        BufferMismatchError: with both fingerprints.
+    """
+    now, then = source.fingerprint(), buffer.source["fingerprint"]
+    if now != then:
+        raise BufferMismatchError(
+            f"the buffer {buffer.path} was made of other images than those of {source.location}: source.fingerprint: "
+            f"{then[:16]}… on disk, {now[:16]}… now; source.n_images: {buffer.source['n_images']} on disk, "
+            f"{len(source)} now",
+            hint="put the images back as they were, or harvest into another folder (--out), or delete the buffer",
+        )
+
+
 def same_source(config: RunConfig, buffer: ActivationBuffer) -> ImageSource | None:
-    """Open the images that were harvested; None, with a warning, when they are not there or not the same any more."""
+    """Open the images that were harvested; None, with a warning, when they are not there.
+
+    Raises:
+        BufferMismatchError: when they are not the same any more.
+    """
     try:
         source = open_source(config.image_path)
-        if source.fingerprint() == buffer.source["fingerprint"]:
-            return source
-        reason = "it holds other pictures than those that were harvested"
     except (ImageError, OSError) as error:
-        reason = str(error)
-    warnings.warn(f"labels and images of {config.image_path} are left out: {reason}", UsaeProbeWarning, stacklevel=2)
-    return None
+        warnings.warn(f"labels and images of {config.image_path} are left out: {error}", UsaeProbeWarning, stacklevel=2)
+        return None
+    demand_same_images(source, buffer)
+    return source

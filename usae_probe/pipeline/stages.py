@@ -30,8 +30,11 @@ _TABLES: dict[Stage, tuple[str, ...]] = {
     "evaluate": ("probes",),
     "cam": ("cam",),
 }
+_ALONG = ("memory", "online", "reuse", "warmup_rows")
+"""Keys of `[buffer]` that say in which order rows are trained on, and change none of them."""
 _WITHOUT_EFFECT = {
     "images": ("workers",),
+    "buffer": ("verify",),
     "train": ("log_every", "kernel", "device", "tensorboard"),
     "cam": ("batch_size",),
 }
@@ -62,6 +65,9 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
         for key in idle:
             del whole[table][key]
     tables = [table for done in (*earlier(stage), stage) for table in _TABLES[done]]
+    if "train" not in tables:
+        for key in _ALONG:
+            del whole["buffer"][key]
     keys: dict[str, Any] = dict(_flatten({table: whole[table] for table in tables}))
     # The same keys with other pictures behind them, say.
     return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}

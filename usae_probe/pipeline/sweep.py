@@ -26,6 +26,7 @@ from .outcomes import Progress, StageResult
 from .record import RunRecord
 from .run import Run
 from .stages import Stage
+from .training import buffer_of
 
 SCHEMA = 1
 
@@ -200,7 +201,7 @@ class Sweep:
                 f"the harvest in '{self._lender}' was done with another config: {', '.join(changed)} changed",
                 hint="sweep with the config of that run, or leave --buffer out to harvest for the sweep",
             )
-        buffer = ActivationBuffer(self._lender / "buffer")
+        buffer = buffer_of(first, self._lender)
         buffer.demand_present()
         return buffer
 

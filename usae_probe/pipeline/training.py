@@ -16,6 +16,11 @@ from ..usae import HistoryFile, StepRecord, TensorBoardCallback, TrainResult, Wo
 STATE = "training-state.safetensors"
 
 
+def buffer_of(config: RunConfig, folder: Path) -> ActivationBuffer:
+    """Open the buffer of a run folder as a config says."""
+    return ActivationBuffer(folder / "buffer", verify=config.buffer.verify, memory_budget=config.buffer.memory)
+
+
 def train_in(
     folder: Path,
     config: RunConfig,
@@ -67,7 +72,7 @@ def help_train(folder: Path, config: RunConfig, world: World) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UsaeProbeWarning)  # process 0 says them
             train(
-                ActivationBuffer(folder / "buffer"),
+                buffer_of(config, folder),
                 usae_config=config.usae,
                 train_config=config.train.model_copy(update={"tensorboard": False}),
                 resume=folder / STATE,

@@ -1,5 +1,6 @@
 """The Universal Sparse Autoencoder: kernels, model, losses, training, checkpoints."""
 
+from ..world import World
 from .bottleneck import warn_without_bottleneck
 from .draws import sources_of
 from .history import HistoryFile, read_history
@@ -11,7 +12,6 @@ from .records import StepRecord, TrainResult
 from .start import usae_for
 from .tensorboard import TensorBoardCallback, check_tensorboard
 from .train import train, train_steps
-from .world import World
 
 __all__ = [
     "USAE",

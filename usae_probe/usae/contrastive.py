@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..shapes import RowMatrix
+from ..world import current
 from .model import USAE
-from .world import current
 
 MOST_ROWS = 256
 """Rows of a batch that the term compares, about: their codes are spread out, [256, n_latents]."""

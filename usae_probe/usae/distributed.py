@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, WorkerError
+from ..world import World
 from .failures import is_lost, spelled
-from .world import World
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in training before it gives up."""
@@ -70,7 +70,7 @@ class Processes(World):
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         store, _, _ = next(self._dist.rendezvous("env://", self.rank, self.size, timeout=TIMEOUT))
         self._store = self._dist.PrefixStore("usae-probe", store)
-        self._words = 0
+        self._words = self._met = 0
 
     def device(self, asked: str) -> torch.device:
         """Return `cpu`, or the GPU with this process's number on its machine; joins the process group."""
@@ -198,6 +198,18 @@ class Processes(World):
             if self._store.check([_ERROR]):
                 raise WorkerError(self._first_error(), told=not self.main)
             time.sleep(_LOOK)
+
+    def meet(self) -> None:
+        """Count who has come, and look again and again."""
+        self._met += 1
+        self._store.add(f"met/{self._met}", 1)
+        self._wait(lambda: self._store.add(f"met/{self._met}", 0) == self.size)
+
+    def model_device(self, asked: str) -> str:
+        """Return `cuda:N`, by this process's number on its machine, for `cuda`, and for `auto` where there are GPUs."""
+        if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()):
+            return f"cuda:{self.local_rank % max(1, torch.cuda.device_count())}"
+        return asked
 
     def leave(self) -> None:
         """Leave the process group; process 0 stays until all have left, because the words may be kept by it."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..shapes import RowMatrix
+from ..world import current
 from .kernels.base import Entries
-from .world import current
 
 SOURCE, PAIRING, PARTNER, NOISE, DROPOUT, ROWS, ALIGNED = 1, 2, 3, 4, 5, 6, 7
 _AND = " + "

@@ -27,7 +27,9 @@ def initialise_from_data(usae: USAE, buffer: ActivationBuffer, how: TrainConfig)
         buffer: where its training rows are.
         how: `seed` and `pairing`.
     """
-    sites, n_rows = list(usae.sites), buffer.n_rows("train")
+    sites, n_rows = list(usae.sites), buffer.rows_at_start()
+    if not n_rows:  # a ring that has dropped them: the training goes on from a state
+        return
     draw = np.random.default_rng((how.seed, ROWS))
     chosen = draw.permutation(n_rows)[: usae.n_latents]
     rows = buffer.gather("train", chosen, sites).values

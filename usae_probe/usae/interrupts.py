@@ -9,8 +9,10 @@ from types import FrameType
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
+def held_interrupts(heard: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Hold back a first SIGINT while the block runs; gives a function that says whether there was one.
+
+    `heard` is called in the signal's handler, to wake whoever waits in the block.
 
     A second one raises KeyboardInterrupt at once. Whoever gets True raises it in the block; one that nobody asked for
     is raised on leaving. In other threads than the main one, and where somebody handles SIGINT already, nothing is held
@@ -26,6 +28,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        heard()
 
     before = signal.getsignal(signal.SIGINT)
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..shapes import RowMatrix
+from ..world import World, current
 from .contrastive import contrastive_loss
 from .draws import Perturbation, check_weighted_sites, draw_partner, sources_of
 from .kernels import Support, select_topk
@@ -18,7 +19,6 @@ from .kernels.base import Entries
 from .model import USAE
 from .nested import decode_nested
 from .residual import Loss, Residual, residual
-from .world import World, current
 
 Phase = Literal["align", "main"]
 

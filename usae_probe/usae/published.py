@@ -19,9 +19,9 @@ from torch.nn import functional
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..shapes import Decoder, RowMatrix
+from ..world import current
 from .losses import Phase, StepLoss
 from .model import USAE
-from .world import current
 
 
 class PublishedSite(nn.Module):

@@ -11,13 +11,13 @@ from ..buffer import ActivationBuffer
 from ..config import TrainConfig, UsaeConfig
 from ..config.sparsities import SPARSITY_KEYS, check_used
 from ..errors import BufferIntegrityError, ConfigError
+from ..world import World
 from .initialisation import initialise_from_data
 from .losses import Objective
 from .model import USAE
 from .optimiser import ConstrainedAdam
 from .published import PublishedAdamW, PublishedObjective
 from .regularisation import regularisation
-from .world import World
 
 
 def usae_for(

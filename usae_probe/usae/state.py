@@ -76,12 +76,16 @@ class TrainingState:
         self.holds = training.step
 
     def keep(self, training: Stateful, *, at_once: bool = False) -> None:
-        """Write the state, if the last write is `SECONDS` ago or it is wanted `at_once`.
+        """Write the state, if the last write is `SECONDS` ago or it is wanted `at_once`, and it is a new one.
 
         Raises:
             NonFiniteError: when a weight or a moment is not finite; the file stays as it was.
         """
-        if self.reads_only or (not at_once and time.monotonic() - self._written < SECONDS):
+        if (
+            self.reads_only
+            or training.step == self.holds
+            or (not at_once and time.monotonic() - self._written < SECONDS)
+        ):
             return
         tensors = training.tensors()
         check_finite(tensors, training.step, self.last_good())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..buffer import ActivationBuffer
+from ..buffer import ActivationBuffer, OnlineBuffer
 from ..config import TrainConfig, UsaeConfig, settled
 from ..errors import ConfigError
+from ..world import World
 from .interrupts import held_interrupts
 from .model import USAE
 from .records import Best, StepRecord, TrainResult
@@ -16,7 +18,6 @@ from .schedule import learning_rate, phase_and_source
 from .start import usae_for
 from .state import TrainingState
 from .training import Training
-from .world import World
 
 __all__ = [
     "Best",
@@ -80,7 +81,8 @@ def train(
         state = TrainingState(Path(resume), _depends_on(training, shape), reads_only=not world.main)
         state.restore(training)
     resumed, history = training.step, []
-    with held_interrupts() as interrupted:
+    online = training.buffer if isinstance(training.buffer, OnlineBuffer) else None
+    with held_interrupts(*([online.interrupt] if online else [])) as interrupted:
         for record in _kept(training, state, interrupted):
             if record.is_kept(how):
                 history.append(record)
@@ -123,11 +125,20 @@ def _kept(training: Training, state: TrainingState | None, interrupted: Callable
     Raises:
         KeyboardInterrupt: when `interrupted` says so, once the state is kept.
     """
+    online = training.buffer if isinstance(training.buffer, OnlineBuffer) else None
+
+    def keep(at_once: bool = True) -> None:
+        if state:
+            state.keep(training, at_once=at_once)
+        if online:  # rows are used up once no durable state goes back to them; without states, at once
+            online.release(state.holds if state else training.step)
+
+    if online:
+        online.keeps_by(keep)
     for record in training.records(state.last_good if state else None):
         yield record
         stop = training.world.anyone(interrupted())
-        if state:
-            state.keep(training, at_once=stop)
+        keep(stop or (online is not None and online.wants_state(training.step)))
         if stop:
             raise KeyboardInterrupt
 
@@ -138,4 +149,7 @@ def _depends_on(training: Training, shape: UsaeConfig) -> dict[str, Any]:
     if not how.early_stop and how.keep == "last":
         idle |= {"validate_every"}
     settings = how.model_dump(exclude=idle)
-    return {"buffer": buffer.identity, "sites": training.usae.sites, "usae": shape.model_dump(), "train": settings}
+    known = {"buffer": buffer.identity, "sites": training.usae.sites, "usae": shape.model_dump(), "train": settings}
+    if isinstance(buffer, OnlineBuffer):
+        return known | {"online": asdict(buffer.plan)}
+    return known if buffer.pool() is None else known | {"pool": buffer.pool()}

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..buffer import ActivationBuffer, Rows
+from ..buffer import ActivationBuffer, OnlineBuffer, Rows
 from ..config import TrainConfig
 from ..errors import NonFiniteError
+from ..world import World
 from .average import Average
 from .draws import PAIRING
 from .losses import Objective, StepLoss
@@ -28,7 +29,6 @@ from .schedule import learning_rate, phase_and_source, validates, warn_without_s
 from .start import engine
 from .state import check_finite
 from .validation import Watch, validation_r2
-from .world import World
 
 
 class Training:
@@ -50,6 +50,8 @@ class Training:
 
     def __init__(self, usae: USAE, buffer: ActivationBuffer, how: TrainConfig, world: World | None = None) -> None:
         self.usae, self.buffer, self.how, self.world = usae, buffer, how, world or World()
+        if not isinstance(buffer, OnlineBuffer):
+            buffer.demand_all_rows()
         self._share = self.world.share(min(how.batch_size, buffer.n_rows("train")))
         self.epoch = buffer.steps_per_epoch("train", how.batch_size)
         self.steps, self.step = how.n_steps(self.epoch), 0

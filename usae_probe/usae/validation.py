@@ -12,10 +12,10 @@ from torch import Tensor
 from ..buffer import ActivationBuffer
 from ..config import TrainConfig
 from ..errors import ConfigError
+from ..world import current
 from .model import USAE
 from .reconstruction import Matrix, ReconstructionSums
 from .records import Best
-from .world import current
 
 VALIDATION_ROWS = 2048
 

@@ -13,10 +13,10 @@ from ...config import TrainConfig
 from ...config.sparsities import SPARSITY_KEYS
 from ...errors import ConfigError
 from ...shapes import Decoder
+from ...world import current
 from ..kernels import PreActivations, Support, select_topk
 from ..kernels.base import Entries
 from ..kernels.selection import select_batch_topk
-from ..world import current
 
 
 class Sparsity(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...shapes import Decoder
+from ...world import current
 from ..kernels import PreActivations, Support
 from ..kernels.base import Entries
-from ..world import current
 from .base import Sparsity, largest_of_batch, mean_per_row
 
 

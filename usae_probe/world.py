@@ -1,4 +1,4 @@
-"""The processes that train together, as the loop, the losses and the sparsity see them.
+"""The processes that work together, as the harvest, the loop, the losses and the sparsity see them.
 
 In a single process a `World` does nothing. In several (`usae_probe.usae.distributed`) it makes every figure that is
 about the whole batch one of the whole batch: then gradients, averaged over the processes, are those of one process.
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from .errors import UsageError
 
 
 class World:
-    """The processes that train together; this class is one process alone, which leaves everything as it is.
+    """The processes that work together; this class is one process alone, which leaves everything as it is.
 
     Attributes:
         rank: number of this process, from 0.
@@ -115,6 +115,17 @@ class World:
             WorkerError: when process 0 has failed or gone.
         """
         raise UsageError("process 0 has nobody to listen to: it is the one that tells")
+
+    def meet(self) -> None:
+        """Wait, as long as it takes, until all processes have come here.
+
+        Raises:
+            WorkerError: when one of them has failed or gone.
+        """
+
+    def model_device(self, asked: str) -> str:
+        """Return the device of this process for a model that is asked for on `asked`: with several GPUs, its own."""
+        return asked
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -1,0 +1,101 @@
+"""The buffer of a run folder: opened as the config says, discarded when it is of no use, filled along with training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..buffer import ActivationBuffer, BufferSpec, discard_buffer
+from ..config import RunConfig
+from ..errors import BufferIntegrityError, UsaeProbeWarning
+from ..harvesting import HarvestProgress, buffer_spec, harvest
+from ..hooks import HookedModel
+from ..images import ImageSource, open_source
+from ..online import along, plan_online
+from ..usae import StepRecord, TrainResult
+from ..world import World
+from .models import attach_all
+from .training import STATE, train_in
+
+
+def discard_other_buffer(folder: Path, spec: BufferSpec, *, state: Path | None = None) -> None:
+    """Remove a buffer that lacks shards or is made from something else; called once all that is new is checked.
+
+    Args:
+        folder: the buffer's.
+        spec: of what is wanted.
+        state: of the training that a ring is for; without it, one that has dropped rows is of no use.
+
+    Raises:
+        BufferIntegrityError: for a manifest that cannot be read, of a newer schema say: nothing is removed then.
+        BufferLockedError: when another process is writing to it.
+    """
+    if not folder.is_dir() or ((folder / "manifest.json").exists() and _serves(folder, spec, state)):
+        return
+    discard_buffer(folder)
+
+
+def _serves(folder: Path, spec: BufferSpec, state: Path | None) -> bool:
+    buffer = ActivationBuffer(folder)
+    try:
+        buffer.demand_present()
+    except BufferIntegrityError:
+        return False
+    used_up = any(entry.dropped for entry in buffer.shards) and not (state and state.exists())
+    return buffer.identity == spec.identity() and not used_up and not buffer.is_of_an_older_version
+
+
+def train_along(
+    folder: Path,
+    config: RunConfig,
+    models: Sequence[HookedModel],
+    source: ImageSource,
+    *,
+    harvested: Callable[[HarvestProgress], None],
+    trained: Callable[[StepRecord], None],
+) -> TrainResult:
+    """Harvest into a run folder's buffer and train from it meanwhile; goes on where either was stopped.
+
+    Args:
+        folder: the run folder.
+        config: of the run.
+        models: hooked models with layers.
+        source: the images.
+        harvested: called after every batch of images, in another thread.
+        trained: called with every step's record.
+    """
+    spec = buffer_spec(models, source, config.images, config.buffer)
+    online = plan_online(spec, config.buffer, config.usae, config.train)
+    discard_other_buffer(folder / "buffer", online.spec, state=folder / STATE)
+    settled = config.model_copy(update={"train": online.train})
+    return along(
+        models,
+        source,
+        folder / "buffer",
+        config.images,
+        config.buffer,
+        online,
+        lambda buffer: train_in(folder, settled, buffer, trained),
+        harvested,
+    )
+
+
+def help_harvest(folder: Path, config: RunConfig, world: World) -> None:
+    """Do what processes other than 0 do in a run: wait until process 0 harvests or need not, and harvest with it.
+
+    Raises:
+        WorkerError: when process 0 fails.
+    """
+    if world.hear() == "harvest":
+        with warnings.catch_warnings(), ExitStack() as closing:
+            warnings.simplefilter("ignore", UsaeProbeWarning)  # process 0 says them
+            harvest(
+                attach_all(config, closing, world),
+                open_source(config.image_path),
+                folder / "buffer",
+                images_config=config.images,
+                buffer_config=config.buffer,
+                world=world,
+            )
