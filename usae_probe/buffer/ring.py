@@ -10,7 +10,7 @@ from .manifest import Manifest, ShardEntry
 from .spec import BufferSpec, ShardPlan
 from .writer import BufferWriter
 
-_FILE, _SITE = 8192, 1024  # bytes of a shard's file, and of each site in it, that are neither rows nor moments
+_FILE, _SITE = 6144, 1024  # bytes of a shard's file, and of each site in it, that are neither rows nor moments
 
 
 class Ring:

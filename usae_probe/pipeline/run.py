@@ -75,11 +75,11 @@ class Run:
             ConfigError: when the config asks for TensorBoard's files and its package is not installed.
         """
         stages = stages or self.stages
+        self._check_along(stages)
         if "train" in stages and self.config.train.tensorboard:
             check_tensorboard()
         for before in earlier(stages[0]):
             self._require(before)
-        self._check_along(stages)
         results: list[StageResult] = []
         for stage in stages:
             try:
