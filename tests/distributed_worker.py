@@ -22,7 +22,7 @@ import usae_probe.usae.state as state_module
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.usae import StepRecord, train
 from usae_probe.usae.distributed import joined
-from usae_probe.usae.world import World, current
+from usae_probe.world import World, current
 
 STEPS = 50
 BASE: dict[str, Any] = {

@@ -1,6 +1,9 @@
-"""`ActivationBuffer.from_arrays`: activations that were computed elsewhere."""
+"""`ActivationBuffer.from_arrays` and `from_npz`: activations that were computed elsewhere."""
 
+import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.errors import BufferMismatchError, ConfigError, NonFiniteError, PrecisionError, SiteError, UsageError
 from usae_probe.split import SPLITS, draw_split
+
+from .buffers import content
 
 
 def arrays(n: int = 30, seed: int = 0) -> dict[str, np.ndarray]:
@@ -109,3 +114,82 @@ def test_arrays_that_cannot_be_a_buffer(tmp_path: Path) -> None:
     assert not (tmp_path / "acts").exists()  # nothing is left in the way
     values = {"m/a": np.array([[1.0], [1e6], [1.0]])}
     assert ActivationBuffer.from_arrays(values, tmp_path / "acts", dtype="float32").complete
+
+
+# --- from a file ---
+
+
+def test_an_npz_file_gives_what_its_arrays_give(tmp_path: Path) -> None:
+    given_arrays, index = arrays(), np.arange(30) // 2
+    np.savez(tmp_path / "plain.npz", **given_arrays)
+    np.savez_compressed(tmp_path / "indexed.npz", image_index=index, **given_arrays)
+    settings: dict[str, Any] = {"seed": 4, "holdout": 0.2, "shard_images": 7, "dtype": "float32"}
+    expected = ActivationBuffer.from_arrays(given_arrays, tmp_path / "a", **settings)
+    plain = ActivationBuffer.from_npz(tmp_path / "plain.npz", tmp_path / "b", **settings)
+    assert plain.sites == ["vit/blocks.11@cls", "resnet/layer4"]  # keys with a slash
+    assert content(plain.path) == content(expected.path)
+    expected = ActivationBuffer.from_arrays(given_arrays, tmp_path / "c", image_index=index, **settings)
+    indexed = ActivationBuffer.from_npz(str(tmp_path / "indexed.npz"), str(tmp_path / "d"), **settings)
+    assert content(indexed.path) == content(expected.path)
+    assert indexed.specs["resnet/layer4"].rows_per_image == 2
+    assert "image_index" not in indexed.sites
+    before = content(indexed.path)
+    assert ActivationBuffer.from_npz(tmp_path / "indexed.npz", tmp_path / "d", **settings).complete
+    assert content(indexed.path) == before
+
+
+class Fires:
+    """What unpickling it would do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("fired"),)
+
+
+def test_a_pickled_object_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    objects = np.array([Fires()], dtype=object)
+    np.savez("objects.npz", **{"m/a": np.ones((4, 2)), "m/b": objects})
+    Path("pickle.npz").write_bytes(pickle.dumps(objects))
+    for name in ("objects.npz", "pickle.npz"):
+        with pytest.raises(UsageError, match=rf"'{name}' cannot be read as \.npz: .*allow_pickle=") as caught:
+            ActivationBuffer.from_npz(name, "acts")
+        assert "without pickled objects" in caught.value.hint
+    assert not Path("fired").exists()
+    assert not Path("acts").exists()
+
+
+def test_files_that_are_no_npz(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "whole.npz", **{"m/a": np.random.default_rng(0).normal(size=(40, 9))})
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.ones((4, 2)))
+    files = {
+        "text.npz": b"model/layer,1,2,3",
+        "empty.npz": b"",
+        "cut.npz": whole[:-40],
+        "flipped.npz": whole[:1000] + bytes([whole[1000] ^ 0xFF]) + whole[1001:],
+        "stored.npz": whole[:100] + bytes(800) + whole[900:],
+        "array.npz": (tmp_path / "array.npy").read_bytes(),
+    }
+    for name, read in files.items():
+        (tmp_path / name).write_bytes(read)
+    (tmp_path / "folder.npz").mkdir()
+    for name in (*files, "folder.npz", "absent.npz"):
+        with pytest.raises(UsageError, match=rf"'.*{name}' cannot be read as \.npz: .+\(write it with np\.savez"):
+            ActivationBuffer.from_npz(tmp_path / name, tmp_path / "acts")
+    assert not (tmp_path / "acts").exists()
+
+
+def test_arrays_of_a_file_are_checked_as_any(tmp_path: Path) -> None:
+    for error, message, values in (
+        (SiteError, "'layer4' is no site key", {"layer4": np.ones((4, 2))}),
+        (SiteError, "given no array", {"image_index": np.arange(4)}),
+        (UsageError, "image_index must be 4 integers", {"m/a": np.ones((4, 2)), "image_index": np.arange(5)}),
+        (UsageError, "m/a: 4, m/b: 5", {"m/a": np.ones((4, 2)), "m/b": np.ones((5, 2))}),
+    ):
+        np.savez(tmp_path / "x.npz", **values)
+        with pytest.raises(error, match=message):
+            ActivationBuffer.from_npz(tmp_path / "x.npz", tmp_path / "acts")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("m/a.txt", "no array")
+    with pytest.raises(UsageError, match=r"m/a\.txt: an array \[n, d\] of numbers is expected"):
+        ActivationBuffer.from_npz(tmp_path / "x.npz", tmp_path / "acts")

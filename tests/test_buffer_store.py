@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import h5py
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 
 from usae_probe.buffer import ActivationBuffer, Rows, reader
 from usae_probe.errors import BufferIntegrityError, SiteError, UsageError
+from usae_probe.split import SPLITS
+
+from .buffers import as_schema_1
 
 VIT, RESNET = "vit/blocks.8@mean", "resnet/layer4"
-SHARD = "shard-00001.h5"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def path(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "acts"))
+
+
+@pytest.fixture
+def shard(path: Path) -> Path:
+    """The second training shard: rows 9 to 17."""
+    return path / training_shards(path)[1]
+
+
+def training_shards(path: Path) -> list[str]:
+    return [entry.file for entry in ActivationBuffer(path).shards if entry.split == "train"]
 
 
 def same(left: Rows, right: Rows) -> bool:
@@ -54,20 +68,19 @@ def place_of(file: Path, dataset: str) -> int:
 def test_a_memory_map_at_the_offset_is_the_dataset(made: Path) -> None:
     rows = ActivationBuffer(made).read("train")
     start = 0
-    for number in range(4):
-        file = made / f"shard-{number:05d}.h5"
-        with h5py.File(file, "r") as opened:  # plain h5py, no help from us
+    for file in training_shards(made):
+        with h5py.File(made / file, "r") as opened:  # plain h5py, no help from us
             for site in (VIT, RESNET):
                 dataset = opened[site.replace("/", "__")]
-                mapped = np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+                mapped = np.memmap(made / file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
                 np.testing.assert_array_equal(mapped, dataset[:])
                 np.testing.assert_array_equal(rows.values[site][start : start + len(mapped)], dataset[:].astype("f4"))
         start += len(mapped)
     assert start == rows.n == 36
 
 
-def test_a_flipped_bit_is_an_error_that_names_shard_and_site(path: Path) -> None:
-    flip(path / SHARD, place_of(path / SHARD, "resnet__layer4") + 5)
+def test_a_flipped_bit_is_an_error_that_names_shard_and_site(path: Path, shard: Path) -> None:
+    flip(shard, place_of(shard, "resnet__layer4") + 5)
     buffer = ActivationBuffer(path)
     assert buffer.read("train", [VIT]).n == 36  # the other site is sound
     for read in (
@@ -77,22 +90,32 @@ def test_a_flipped_bit_is_an_error_that_names_shard_and_site(path: Path) -> None
         lambda: next(buffer.batches("train", 5, seed=0)),
         lambda: ActivationBuffer(path, memory_budget=0).gather("train", np.array([10])),
     ):
-        with pytest.raises(BufferIntegrityError, match=rf"{SHARD} is damaged \({RESNET}\): its CRC32 .*harvest again"):
+        with pytest.raises(
+            BufferIntegrityError, match=rf"{shard.name} is damaged \({RESNET}\): its CRC32 .*harvest again"
+        ):
             read()
     assert ActivationBuffer(path, memory_budget=0).gather("train", np.array([0, 20])).n == 2  # other shards are sound
     [problem] = buffer.verify()
-    assert SHARD in problem
+    assert shard.name in problem
     assert RESNET in problem
     assert ActivationBuffer(path, verify="never").read("train").n == 36
 
 
-def test_when_bytes_are_verified(path: Path) -> None:
+def test_damage_to_the_moments_of_a_shard_is_found_and_named(path: Path, shard: Path) -> None:
+    flip(shard, place_of(shard, "moments/resnet__layer4") + 5)
+    buffer = ActivationBuffer(path, verify="always")
+    assert buffer.read("train").n == 36  # its rows are sound
+    [problem] = buffer.verify()
+    assert f"{shard.name} is damaged (moments:{RESNET}): its CRC32" in problem
+
+
+def test_when_bytes_are_verified(path: Path, shard: Path) -> None:
     first = ActivationBuffer(path, memory_budget=0)
     always = ActivationBuffer(path, verify="always")
     for buffer in (first, always):
         buffer.gather("train", np.array([10]))
-    with open(path / SHARD, "rb+") as file:  # in place: the maps see it
-        file.seek(place_of(path / SHARD, "resnet__layer4") + 5)
+    with open(shard, "rb+") as file:  # in place: the maps see it
+        file.seek(place_of(shard, "resnet__layer4") + 5)
         file.write(b"\xff\xff")
     assert first.gather("train", np.array([10])).n == 1
     with pytest.raises(BufferIntegrityError, match=RESNET):
@@ -100,52 +123,55 @@ def test_when_bytes_are_verified(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2000])
-def test_a_truncated_shard_is_an_error(path: Path, cut: int) -> None:
-    os.truncate(path / SHARD, (path / SHARD).stat().st_size - cut)
-    with pytest.raises(BufferIntegrityError, match=rf"{SHARD} .*{VIT}, {RESNET}.* bytes where the manifest says"):
+def test_a_truncated_shard_is_an_error(path: Path, shard: Path, cut: int) -> None:
+    os.truncate(shard, shard.stat().st_size - cut)
+    with pytest.raises(BufferIntegrityError, match=rf"{shard.name} .*{VIT}, {RESNET}.* bytes where the manifest says"):
         ActivationBuffer(path).read("train")
     assert ActivationBuffer(path).read("holdout").n == 10
 
 
-def test_a_deleted_shard_is_an_error(path: Path) -> None:
-    (path / SHARD).unlink()
+def test_a_deleted_shard_is_an_error(path: Path, shard: Path) -> None:
+    (shard).unlink()
     buffer = ActivationBuffer(path)
-    with pytest.raises(BufferIntegrityError, match=rf"{SHARD} .*{VIT}, {RESNET}.*missing.*restore"):
+    with pytest.raises(BufferIntegrityError, match=rf"{shard.name} .*{VIT}, {RESNET}.*missing.*restore"):
         buffer.read("train")
     assert len(buffer.verify()) == 1
 
 
-def test_shards_that_changed_places_are_an_error(path: Path) -> None:
-    for old, new in ((SHARD, "x"), ("shard-00002.h5", SHARD), ("x", "shard-00002.h5")):
-        (path / old).rename(path / new)
+def test_shards_that_changed_places_are_an_error(path: Path, shard: Path) -> None:
+    other, aside = path / training_shards(path)[2], path / "aside"
+    for old, new in ((shard, aside), (other, shard), (aside, other)):
+        old.rename(new)
     with pytest.raises(BufferIntegrityError, match="CRC32"):
         ActivationBuffer(path).read("train", [VIT])
 
 
-def test_a_file_of_another_shape_is_an_error(path: Path) -> None:
-    size = (path / SHARD).stat().st_size
-    with h5py.File(path / SHARD, "w", libver="v110") as file:
+def test_a_file_of_another_shape_is_an_error(path: Path, shard: Path) -> None:
+    size = shard.stat().st_size
+    with h5py.File(shard, "w", libver="v110") as file:
         for name, shape in (("vit__blocks.8@mean", (9, 5)), ("resnet__layer4", (9, 4)), ("image_index", (9,))):
             file.create_dataset(name, data=np.zeros(shape, "f2"))
         file.create_dataset("token_index", data=np.zeros(9, "i4"))
-    assert (path / SHARD).stat().st_size <= size
-    os.truncate(path / SHARD, size)  # longer, with zeros that HDF5 overlooks
+        for name in ("moments/vit__blocks.8@mean", "moments/resnet__layer4"):
+            file.create_dataset(name, data=np.zeros((2, 4)))
+    assert shard.stat().st_size <= size
+    os.truncate(shard, size)  # longer, with zeros that HDF5 overlooks
     with pytest.raises(BufferIntegrityError, match=r"float16 \[9, 5\] at byte \d+ .* says float16 \[9, 6\]"):
         ActivationBuffer(path).read("train", [VIT])
 
 
-def test_no_flipped_byte_of_a_shard_changes_a_number(path: Path) -> None:
+def test_no_flipped_byte_of_a_shard_changes_a_number(path: Path, shard: Path) -> None:
     sound = ActivationBuffer(path).read("train")
     refused = 0
-    for byte in range(0, (path / SHARD).stat().st_size, 13):
-        flip(path / SHARD, byte)
+    for byte in range(0, shard.stat().st_size, 13):
+        flip(shard, byte)
         try:
             read = ActivationBuffer(path).read("train")
         except BufferIntegrityError:
             refused += 1
         else:
             assert same(read, sound)  # a byte that nothing uses
-        flip(path / SHARD, byte)
+        flip(shard, byte)
     assert refused > 50
 
 
@@ -174,10 +200,23 @@ def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
 
 
 def test_a_newer_schema_says_so(path: Path) -> None:
-    document = json.loads((path / "manifest.json").read_text()) | {"schema": 2, "sha256": "of another kind"}
+    document = json.loads((path / "manifest.json").read_text()) | {"schema": 3, "sha256": "of another kind"}
     (path / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(BufferIntegrityError, match=r"schema 2; this version of usae-probe reads .* up to 1 \(upgrade"):
+    with pytest.raises(BufferIntegrityError, match=r"schema 3; this version of usae-probe reads .* up to 2 \(upgrade"):
         ActivationBuffer(path)
+
+
+def test_a_complete_buffer_of_schema_1_reads_as_it_did(path: Path) -> None:
+    before = {split: ActivationBuffer(path).read(split) for split in SPLITS}
+    moments = ActivationBuffer(path).moments(VIT).to_dict()
+    as_schema_1(path)
+    assert json.loads((path / "manifest.json").read_text())["schema"] == 1
+    buffer = ActivationBuffer(path)
+    assert (buffer.complete, buffer.verify()) == (True, [])
+    assert [entry.split for entry in buffer.shards] == ["train"] * 4 + ["validation"] + ["holdout"] * 2
+    assert all(same(buffer.read(split), rows) for split, rows in before.items())
+    assert same(buffer.gather("train", np.arange(36)), before["train"])
+    assert buffer.moments(VIT).to_dict() == moments
 
 
 def test_a_folder_that_is_no_buffer(tmp_path: Path) -> None:
@@ -264,3 +303,29 @@ def test_no_handle_stays_open_and_a_fork_or_a_pickle_reads_on(made: Path) -> Non
     pickled = pickle.dumps(buffer)
     assert len(pickled) < 20_000
     assert same(pickle.loads(pickled).read("train"), whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_reads_on_although_another_thread_was_reading(made: Path) -> None:
+    """As when a data loader forks while `batches(workers=…)` reads ahead: no thread of it is in the child."""
+    buffer = ActivationBuffer(made, memory_budget=0)
+    reading, done = threading.Event(), threading.Event()
+
+    def read_slowly() -> None:
+        with buffer._reader._lock:
+            reading.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=read_slowly)
+    thread.start()
+    reading.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        try:
+            os._exit(0 if buffer.gather("train", np.arange(9)).n == 9 else 1)
+        finally:
+            os._exit(2)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,20 +24,23 @@ from usae_probe.errors import (
 )
 from usae_probe.split import Split, draw_split
 
+from .buffers import as_schema_1, content
+
 VIT, RESNET = "vit/blocks.8@mean", "resnet/layer4"
 D = {VIT: 6, RESNET: 4}
 
 
 def make_spec(n: int = 40, *, rows_per_image: int = 1, **changes: object) -> BufferSpec:
+    """By default 40 images in seven shards: one of 7 validation images, 7 + 1 of holdout, 7 + 7 + 7 + 4 of training."""
     sites = (
         SiteSpec(VIT, "vit", "blocks.8", "mean", D[VIT], (3, 2), rows_per_image, "abc", {"mean": (0.5, 0.5)}),
         SiteSpec(RESNET, "resnet", "layer4", "pool", D[RESNET], None, rows_per_image, "def"),
     )
-    request = {"limit": None, "holdout": 0.2, "validation": 0.2, "seed": 3}
+    request = {"limit": None, "holdout": 0.2, "validation": 0.22, "seed": 3}
     spec = BufferSpec(
         sites=sites,
         source={"kind": "folder", "location": "/photos", "fingerprint": "f00", "n_images": n},
-        split=draw_split(n, holdout=0.2, validation=0.2, seed=3),
+        split=draw_split(n, holdout=0.2, validation=0.22, seed=3),
         split_request=request,
         shard_images=7,
         batch_size=3,
@@ -63,14 +67,10 @@ def fill(writer: BufferWriter, plan: ShardPlan, skip: tuple[int, ...] = ()) -> N
 
 
 def write(path: Path, spec: BufferSpec, skip: tuple[int, ...] = ()) -> ActivationBuffer:
-    writer = BufferWriter(path, spec)
-    for plan in writer.pending():
-        fill(writer, plan, skip)
-    return writer.close()
-
-
-def content(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+    with BufferWriter(path, spec) as writer:
+        for plan in writer.pending():
+            fill(writer, plan, skip)
+        return writer.close()
 
 
 def open_shard_of(path: Path, spec: BufferSpec, describe: Callable[[int], str] | None = None):
@@ -110,7 +110,7 @@ def test_what_the_buffer_says_of_itself(tmp_path: Path) -> None:
     assert buffer.identity == spec.identity()
     assert buffer.complete
     assert buffer.nbytes == 40 * (2 * 10 + 8 + 4)
-    for part in ("acts", VIT, RESNET, "26 train + 6 validation + 8 holdout rows", "float16", "complete"):
+    for part in ("acts", VIT, RESNET, "25 train + 7 validation + 8 holdout rows", "float16", "complete"):
         assert part in repr(buffer)
 
 
@@ -130,60 +130,84 @@ def test_shards_hold_images_of_one_split(tmp_path: Path) -> None:
     spec = make_spec()
     write(tmp_path, spec)
     entries = json.loads((tmp_path / "manifest.json").read_text())["shards"]
-    assert [entry["split"] for entry in entries] == ["train"] * 4 + ["validation"] + ["holdout"] * 2
+    assert [entry["split"] for entry in entries] == ["validation"] + ["holdout"] * 2 + ["train"] * 4
     for entry in entries:
         with h5py.File(tmp_path / entry["file"], "r") as file:
-            assert set(file) == {"vit__blocks.8@mean", "resnet__layer4", "image_index", "token_index"}
+            own = {"moments"} if entry["split"] == "train" else set()
+            assert set(file) == {"vit__blocks.8@mean", "resnet__layer4", "image_index", "token_index"} | own
             images = spec.split[entry["split"]][entry["start"] : entry["start"] + entry["n_images"]]
             np.testing.assert_array_equal(file["image_index"][:], images)
-            assert all(file[name].chunks is None for name in file)
+            assert all(file[name].chunks is None for name in set(file) - own)
+
+
+def test_every_training_shard_holds_its_own_moments_under_a_checksum(tmp_path: Path) -> None:
+    buffer = write(tmp_path, make_spec())
+    merged = {site: Moments(d) for site, d in D.items()}
+    for entry in buffer.shards:
+        assert set(entry.crc) >= {*D, "image_index", "token_index"}
+        moments_of = {
+            column.removeprefix("moments:"): crc for column, crc in entry.crc.items() if column[:8] == "moments:"
+        }
+        assert set(moments_of) == (set(D) if entry.split == "train" else set())
+        with h5py.File(tmp_path / entry.file, "r") as file:
+            for site, crc in moments_of.items():
+                name = site.replace("/", "__")
+                rows, moments = file[name][:].astype(np.float64), file[f"moments/{name}"]
+                assert (moments.shape, moments.dtype, moments.chunks) == ((2, D[site]), np.dtype("<f8"), None)
+                np.testing.assert_allclose(moments[0], rows.mean(0), atol=1e-12)
+                np.testing.assert_allclose(moments[1], np.square(rows - rows.mean(0)).sum(0), atol=1e-12)
+                assert zlib.crc32(moments[:].tobytes()) == crc
+                merged[site].merge(Moments.of(entry.rows, *moments[:]))
+    assert {site: moments.to_dict() for site, moments in merged.items()} == {
+        site: buffer.moments(site).to_dict() for site in D
+    }
 
 
 def test_same_rows_in_other_batches_give_the_same_files(tmp_path: Path) -> None:
     write(tmp_path / "a", make_spec())
-    writer = BufferWriter(tmp_path / "b", make_spec())
-    for plan in writer.pending():
-        with writer.shard(plan) as shard:
-            shard.append(plan.images, {site: rows_of(plan.images, site).astype(np.float64) for site in D})
-    writer.close()
+    with BufferWriter(tmp_path / "b", make_spec()) as writer:
+        for plan in writer.pending():
+            with writer.shard(plan) as shard:
+                shard.append(plan.images, {site: rows_of(plan.images, site).astype(np.float64) for site in D})
+        writer.close()
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
 def test_resumed_after_an_exception_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
-    skip = tuple(int(image) for image in make_spec().split.train[8:11])
+    skip = tuple(int(image) for image in (*make_spec().split.validation[1:3], *make_spec().split.train[8:11]))
     write(tmp_path / "whole", make_spec(), skip)
-    writer = BufferWriter(tmp_path / "acts", make_spec())
-    for plan in writer.pending()[:stop]:
-        fill(writer, plan, skip)
-    plan = writer.pending()[0]
     seen = []
-    with pytest.raises(KeyboardInterrupt), writer.shard(plan) as shard:  # noqa: PT012
-        shard.append(plan.images[:1], {site: rows_of(plan.images[:1], site) for site in D})
-        seen.append(writer.images_done)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), BufferWriter(tmp_path / "acts", make_spec()) as writer:  # noqa: PT012
+        for plan in writer.pending()[:stop]:
+            fill(writer, plan, skip)
+        plan = writer.pending()[0]
+        with writer.shard(plan) as shard:
+            shard.append(plan.images[:1], {site: rows_of(plan.images[:1], site) for site in D})
+            seen.append(writer.images_done)
+            raise KeyboardInterrupt
     assert seen == [sum(len(done.images) for done in make_spec().plans()[:stop]) + 1]
-    assert len(list((tmp_path / "acts").iterdir())) == stop + 1
+    assert len(content(tmp_path / "acts")) == stop + 1
 
     partial = ActivationBuffer(tmp_path / "acts")
     assert not partial.complete
     assert partial.verify() == []
-    resumed = BufferWriter(tmp_path / "acts", make_spec())
-    assert [p.index for p in resumed.pending()] == list(range(stop, 7))
-    assert resumed.n_images == 40
-    for plan in resumed.pending():
-        fill(resumed, plan, skip)
-    assert resumed.images_done == 40
-    resumed.close()
+    with BufferWriter(tmp_path / "acts", make_spec()) as resumed:
+        assert [p.index for p in resumed.pending()] == list(range(stop, 7))
+        assert resumed.n_images == 40
+        for plan in resumed.pending():
+            fill(resumed, plan, skip)
+        assert resumed.images_done == 40
+        resumed.close()
     assert content(tmp_path / "acts") == content(tmp_path / "whole")
 
 
 def test_a_finished_buffer_is_opened_as_it_is(tmp_path: Path) -> None:
     write(tmp_path, make_spec())
     before = content(tmp_path)
-    writer = BufferWriter(tmp_path, make_spec())
-    assert writer.pending() == []
-    assert writer.close().complete
+    with BufferWriter(tmp_path, make_spec()) as writer:
+        assert writer.pending() == []
+        assert writer.close().complete
     assert content(tmp_path) == before
 
 
@@ -194,25 +218,32 @@ def test_moved_images_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_stray_files_of_a_killed_writer_go(tmp_path: Path) -> None:
-    writer = BufferWriter(tmp_path, make_spec())
-    fill(writer, writer.pending()[0])
-    for name in ("shard-00001.h5.tmp", "manifest.json.tmp"):
+    with BufferWriter(tmp_path, make_spec()) as writer:
+        fill(writer, writer.pending()[0])
+    for name in (
+        "shard-00001.h5.tmp",
+        "manifest.json.tmp",
+        ".buffer.h5.tmp-4711",
+        ".manifest.part-00001.json.tmp-4711",
+    ):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "notes.tmp").write_text("mine")
-    BufferWriter(tmp_path, make_spec())
-    assert {file.name for file in tmp_path.iterdir()} == {"manifest.json", "shard-00000.h5", "notes.tmp"}
+    with BufferWriter(tmp_path, make_spec()):
+        assert set(content(tmp_path)) == {"manifest.json", "shard-00000.h5", "notes.tmp"}
 
 
 def test_skipped_images_are_kept_by_name(tmp_path: Path) -> None:
     spec = make_spec()
-    gone = (*spec.split.train[:7].tolist(), int(spec.split.holdout[2]))
-    buffer = write(tmp_path, spec, gone)  # the first shard has no row at all
+    gone = (int(spec.split.holdout[2]), *spec.split.train[:7].tolist())
+    buffer = write(tmp_path, spec, gone)  # the first training shard has no row at all
     assert [(image.index, image.name) for image in buffer.skipped] == [(image, f"{image}.png") for image in gone]
     assert buffer.skipped[0].reason == "cannot identify image file"
-    assert (buffer.n_images("train"), buffer.n_rows("holdout")) == (19, 7)
+    assert (buffer.n_images("train"), buffer.n_rows("holdout")) == (18, 7)
     np.testing.assert_array_equal(buffer.read("train").image_index, spec.split.train[7:])
-    assert buffer.gather("train", np.array([18, 0])).n == 2
+    assert buffer.gather("train", np.array([17, 0])).n == 2
     assert buffer.verify() == []
+    stored = buffer.read("train").values[VIT].astype(np.float64)
+    np.testing.assert_allclose(buffer.moments(VIT).mean, stored.mean(0), atol=1e-12)
 
 
 def test_skips_are_listed_in_the_order_of_the_plan(tmp_path: Path) -> None:
@@ -225,12 +256,12 @@ def test_skips_are_listed_in_the_order_of_the_plan(tmp_path: Path) -> None:
 
 def test_only_equal_specs_go_on_and_differences_are_named(tmp_path: Path) -> None:
     spec = make_spec()
-    writer = BufferWriter(tmp_path, spec)
-    fill(writer, writer.pending()[0])
+    with BufferWriter(tmp_path, spec) as writer:
+        fill(writer, writer.pending()[0])
     other = make_spec(
         sites=(dataclasses.replace(spec.sites[0], weights_hash="xyz"), spec.sites[1]),
         dtype="float32",
-        split=draw_split(40, holdout=0.2, validation=0.2, seed=4),
+        split=draw_split(40, holdout=0.2, validation=0.22, seed=4),
         split_request=dict(spec.split_request, seed=4),
     )
     with pytest.raises(BufferMismatchError) as caught:
@@ -246,8 +277,41 @@ def test_only_equal_specs_go_on_and_differences_are_named(tmp_path: Path) -> Non
 
 
 def test_a_buffer_without_shards_may_become_another(tmp_path: Path) -> None:
-    BufferWriter(tmp_path, make_spec())
+    with BufferWriter(tmp_path, make_spec()):
+        pass
     assert write(tmp_path, make_spec(dtype="float32")).dtype == "float32"
+
+
+def test_a_complete_buffer_of_schema_1_is_opened_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, make_spec())
+    as_schema_1(tmp_path)
+    before = content(tmp_path)
+    with BufferWriter(tmp_path, make_spec()) as writer:
+        assert writer.pending() == []
+        assert writer.close().n_rows("train") == 25
+    assert content(tmp_path) == before
+
+
+def test_an_incomplete_buffer_of_schema_1_is_not_gone_on_with(tmp_path: Path) -> None:
+    write(tmp_path, make_spec())
+    as_schema_1(tmp_path, shards=2)
+    before = content(tmp_path)
+    assert ActivationBuffer(tmp_path).read("train").n == 14  # what there is can be read
+    with pytest.raises(BufferMismatchError, match=r"schema: 1 on disk, 2 is what .*\(write to another folder"):
+        BufferWriter(tmp_path, make_spec())
+    assert content(tmp_path) == before
+    with pytest.raises(BufferMismatchError) as caught:
+        BufferWriter(tmp_path, make_spec(dtype="float32"))
+    for part in ("schema: 1 on disk, 2", 'dtype: "float16" on disk, "float32" asked for'):
+        assert part in str(caught.value)
+
+
+def test_one_of_schema_1_without_shards_is_begun_anew(tmp_path: Path) -> None:
+    write(tmp_path / "acts", make_spec())
+    as_schema_1(tmp_path / "acts", shards=0)
+    assert write(tmp_path / "acts", make_spec()).complete
+    write(tmp_path / "whole", make_spec())
+    assert content(tmp_path / "acts") == content(tmp_path / "whole")
 
 
 def test_a_damaged_folder_is_not_written_to(tmp_path: Path) -> None:
@@ -288,7 +352,7 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_lost(tmp_path: Path)
     rows[VIT][2, 5] = 65504.0  # the largest float16
     with writer.shard(plan) as shard:
         shard.append(plan.images, rows)
-    assert ActivationBuffer(tmp_path).read("train").values[VIT].max() == 65504.0
+    assert ActivationBuffer(tmp_path).read(plan.split).values[VIT].max() == 65504.0
 
 
 def test_rows_that_lie_below_what_float16_resolves_are_refused(tmp_path: Path) -> None:
@@ -308,7 +372,7 @@ def test_float32_holds_1e6_but_not_1e39(tmp_path: Path) -> None:
         with pytest.raises(PrecisionError, match="does not fit float32"):
             shard.append(plan.images, {VIT: np.full((7, 6), 1e39), RESNET: rows[RESNET]})
         shard.append(plan.images, rows)  # a refused batch leaves no part of itself
-    assert ActivationBuffer(tmp_path).read("train").values[VIT][0, 0] == 1e6
+    assert ActivationBuffer(tmp_path).read(plan.split).values[VIT][0, 0] == 1e6
 
 
 def test_batches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -349,7 +413,7 @@ def test_a_reused_batch_array_does_not_reach_into_the_buffer(tmp_path: Path) -> 
         shard.append(images, rows, tokens)
         for array in (images, tokens, rows[VIT]):
             array[:] = 0
-    back = ActivationBuffer(tmp_path).read("train")
+    back = ActivationBuffer(tmp_path).read(plan.split)
     np.testing.assert_array_equal(back.values[VIT], expected)
     np.testing.assert_array_equal(back.image_index, plan.images)
     np.testing.assert_array_equal(back.token_index, np.arange(7))
@@ -373,21 +437,15 @@ def test_shards_are_written_in_order_and_whole(tmp_path: Path) -> None:
     assert writer.images_done == 0
     with pytest.raises(StageError, match="still lacks 7 of 7 shards"):
         writer.close()
-    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+    assert list(content(tmp_path)) == ["manifest.json"]
     for pending in writer.pending():
         fill(writer, pending)
     with pytest.raises(StageError, match="where shard 7 does not exist"):
         fill(writer, dataclasses.replace(plan, index=7))
 
 
-@pytest.mark.parametrize("call", range(1, 7))
-def test_a_disk_that_fails_while_sealing_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    """A seal makes six calls (fsync, replace, fsync of the folder; for shard and manifest): fail in each."""
-    write(tmp_path / "whole", make_spec())
-    writer = BufferWriter(tmp_path / "acts", make_spec())
-    fill(writer, writer.pending()[0])
+def fail_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the `call`-th fsync or replace from now on fail."""
     left = [call]
 
     def failing(real: Callable[..., None]) -> Callable[..., None]:
@@ -401,6 +459,17 @@ def test_a_disk_that_fails_while_sealing_loses_nothing(
 
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, failing(getattr(os, name)))
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_disk_that_fails_while_sealing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """A seal makes six calls (fsync, replace, fsync of the folder; for shard and manifest): fail in each."""
+    write(tmp_path / "whole", make_spec())
+    writer = BufferWriter(tmp_path / "acts", make_spec())
+    fill(writer, writer.pending()[0])
+    fail_at(call, monkeypatch)
     with pytest.raises(UsaeProbeError, match=r"shard-00001\.h5 .*no space left"):
         fill(writer, writer.pending()[0])
     assert not list((tmp_path / "acts").glob("*.tmp"))
@@ -408,10 +477,29 @@ def test_a_disk_that_fails_while_sealing_loses_nothing(
     for _ in range(2):  # by the same writer, or by a new one
         if writer.pending():
             fill(writer, writer.pending()[0])
+        writer.release()
         writer = BufferWriter(tmp_path / "acts", make_spec())
     for plan in writer.pending():
         fill(writer, plan)
     writer.close()
+    assert content(tmp_path / "acts") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_disk_that_fails_while_closing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Closing makes six calls as well: for `buffer.h5` and manifest."""
+    write(tmp_path / "whole", make_spec())
+    with BufferWriter(tmp_path / "acts", make_spec()) as writer:
+        for plan in writer.pending():
+            fill(writer, plan)
+        fail_at(call, monkeypatch)
+        with pytest.raises((OSError, UsaeProbeError), match="no space left"):
+            writer.close()
+    assert ActivationBuffer(tmp_path / "acts").complete == (call == 6)
+    assert ActivationBuffer(tmp_path / "acts").read("train").n == 25
+    assert write(tmp_path / "acts", make_spec()).complete
     assert content(tmp_path / "acts") == content(tmp_path / "whole")
 
 
@@ -421,7 +509,7 @@ def test_rows_per_image_may_vary(tmp_path: Path) -> None:
     images = np.repeat(plan.images, [1, 3, 2, 1, 1, 4, 2])
     with writer.shard(plan) as shard:
         shard.append(images, {site: rows_of(images, site) for site in D})
-    rows = ActivationBuffer(tmp_path).read("train")
+    rows = ActivationBuffer(tmp_path).read(plan.split)
     np.testing.assert_array_equal(rows.image_index, images)
     assert rows.token_index.tolist() == [0, 0, 1, 2, 0, 1, 0, 0, 0, 1, 2, 3, 0, 1]
 

@@ -17,9 +17,10 @@ import torch
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import RunConfig
 from usae_probe.errors import UsageError
+from usae_probe.pipeline import Run
 from usae_probe.usae import USAE, train
 from usae_probe.usae.distributed import joined
-from usae_probe.usae.world import World, current
+from usae_probe.world import World, current
 
 from .command import command
 from .distributed_worker import STEPS, TRAININGS, operations, records
@@ -185,6 +186,8 @@ class TestCommandLine:
 
     def test_torchrun_trains_what_one_process_does(self, tmp_path: Path) -> None:
         config, folder = self.config(tmp_path), tmp_path / "run"
+        nets = tmp_path / "nets.py"
+        nets.write_text(nets.read_text() + NOTED)
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
         call = [
             *launch,
@@ -208,6 +211,14 @@ class TestCommandLine:
         assert not (folder / "training-state.safetensors").exists()
         settings = RunConfig.load(config)
         buffer = ActivationBuffer(folder / "buffer")
+        # Shards of 4, 18, 20 and 18 images, each process every second, in batches of 16 by two models; a batch of one
+        # or two may be a look at the layers.
+        batches = [line.split() for line in (tmp_path / "ranks").read_text().splitlines()]
+        harvested = {rank: sorted(int(n) for who, n in batches if who == rank and int(n) > 2) for rank in ("0", "1")}
+        assert harvested == {"0": [4, 4, 4, 4, 16, 16], "1": [16, 16, 16, 16]}
+        Run(settings, tmp_path / "alone").run(("harvest",))
+        for file in (tmp_path / "alone" / "buffer").iterdir():
+            assert file.read_bytes() == (buffer.path / file.name).read_bytes(), file.name
         one = train(buffer, usae_config=settings.usae, train_config=settings.train)
         two = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         assert len(one.history) == STEPS
@@ -227,6 +238,19 @@ class TestCommandLine:
         assert "works in one process" in refused.err
         monkeypatch.setenv("RANK", "1")
         assert run("sweep", str(config)) == (1, "", "")
+
+
+NOTED = """
+plain = build
+
+def build(**options):
+    net = plain(**options)
+    rank = os.environ.get("RANK")
+    if rank:
+        net.register_forward_pre_hook(lambda _, x: print(rank, len(x[0]), file=open("ranks", "a")))
+    return net
+"""
+"""Notes in which process a network runs."""
 
 
 def toml(tables: dict[str, Any], prefix: str = "") -> str:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from usae_probe import ActivationBuffer, HookedModel, attach, harvest
 from usae_probe.errors import (
+    BufferLockedError,
     BufferMismatchError,
     ConfigError,
     ImageError,
@@ -306,6 +307,19 @@ def test_an_interrupted_harvest_goes_on(tmp_path: Path) -> None:
     assert content(tmp_path / "acts") == content(whole)
     assert calls[-1] == N_IMAGES
     assert len(calls) < 2 * N_IMAGES / 2  # what was sealed was not harvested again
+
+
+def test_two_harvests_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    refused = []
+
+    def again(progress: HarvestProgress) -> None:
+        with pytest.raises(BufferLockedError, match=rf"acts is being written by process {os.getpid()} on"):
+            whole_harvest(tmp_path / "acts")
+        refused.append(progress.done)
+
+    assert whole_harvest(tmp_path / "acts", again).complete
+    assert refused[-1] == N_IMAGES
+    assert whole_harvest(tmp_path / "acts").complete
 
 
 def test_a_killed_harvest_goes_on_to_the_same_bits(tmp_path: Path) -> None:

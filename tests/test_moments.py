@@ -68,6 +68,22 @@ def test_merge_equals_update_and_leaves_the_other_alone() -> None:
     assert right.to_dict() == before
 
 
+def test_moments_that_were_found_before_are_taken_as_they_are() -> None:
+    """What a shard holds of its own: a count, and mean and M2 as float64."""
+    rows = np.random.default_rng(0).normal(size=(300, 3)) * 5 + 2
+    parts = [taken_in(piece, []) for piece in np.split(rows, [100, 100, 250])]
+    stored = [(part.n, np.stack([part.mean, part.m2])) for part in parts]
+    merged, found = Moments(3), Moments(3)
+    for part, (n, values) in zip(parts, stored, strict=True):
+        merged.merge(part)
+        found.merge(Moments.of(n, *values))
+    assert found.to_dict() == merged.to_dict()
+    mean, m2 = np.ones(2), np.full(2, 3.0)
+    kept = Moments.of(4, mean, m2)
+    mean[:], m2[:] = 0, 0
+    assert kept.to_dict() == {"n": 4, "mean": [1.0, 1.0], "m2": [3.0, 3.0]}
+
+
 def test_json_round_trip_is_exact() -> None:
     moments = taken_in(np.random.default_rng(0).normal(size=(100, 3)) / 3, [])
     back = Moments.from_dict(json.loads(json.dumps(moments.to_dict())))

@@ -21,7 +21,7 @@ from usae_probe.usae.initialisation import initialise_from_data, put_rows
 from usae_probe.usae.losses import Objective, StepLoss, Terms, alignment_loss, self_share, source_loss
 from usae_probe.usae.regularisation import regularisation
 from usae_probe.usae.residual import residual
-from usae_probe.usae.world import World
+from usae_probe.world import World
 
 from . import oracles
 

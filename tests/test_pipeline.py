@@ -16,6 +16,7 @@ import pytest
 from usae_probe import ActivationBuffer, Run, RunConfig
 from usae_probe.demo import drawings
 from usae_probe.errors import (
+    BufferMismatchError,
     CheckpointError,
     ConfigError,
     ImageError,
@@ -24,6 +25,7 @@ from usae_probe.errors import (
     UsaeProbeWarning,
     UsageError,
 )
+from usae_probe.images import open_source
 from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult, peak_memory
 from usae_probe.pipeline.training import kernel_note
 from usae_probe.report import figures
@@ -226,8 +228,20 @@ def test_a_changed_seed_of_the_images_redoes_everything(run: Runner, base: Path)
 
 def test_other_pictures_under_the_same_name_are_trained_on_once_they_are_harvested(run: Runner, base: Path) -> None:
     run()
+    before, then = content(base / "run"), ActivationBuffer(base / "run/buffer").source["fingerprint"]
+    kept = (base / "images.npz").read_bytes()
     drawings.save_drawings(base / "images.npz", drawings.draw_images(60, size=32, seed=9))
-    assert fates(run()) == ["kept"] * 3  # the config is the same: nobody looks
+    with pytest.raises(BufferMismatchError, match=r"made of other images than .*images\.npz: source\.f") as caught:
+        run()  # the config is the same, and what was harvested is not what is there now
+    now = open_source(base / "images.npz").fingerprint()
+    assert f"{then[:16]}… on disk, {now[:16]}… now" in caught.value.message
+    assert "put the images back" in caught.value.hint
+    assert content(base / "run") == before
+    (base / "images.npz").rename(base / "others.npz")
+    assert fates(run()) == ["kept"] * 3  # they need not be there
+    (base / "images.npz").write_bytes(kept)
+    assert fates(run()) == ["kept"] * 3
+    (base / "others.npz").replace(base / "images.npz")
     (base / "run/buffer/shard-00000.h5").unlink()
     result = run()
     assert "shard-00000.h5" in result.stages[0].why
@@ -273,7 +287,7 @@ def test_single_stages(run: Runner, base: Path) -> None:
     with pytest.raises(StageError, match="has no finished train"):
         run(stages=("evaluate",))
     assert fates(run(stages=("train",))) == ["done"]
-    with pytest.raises(StageError, match=r"the train in '.*' was done with another config: usae.k changed"):
+    with pytest.raises(StageError, match=r"the train in '.*' was done with another config: usae\.k: 2 then, 3 now"):
         run(changed(usae={"k": 3}), ("evaluate",))
     assert run(stages=("evaluate",)).metrics is not None
     assert fates(run()) == ["kept"] * 3

@@ -18,7 +18,7 @@ from usae_probe.errors import ConfigError
 from usae_probe.probes import evaluate
 from usae_probe.usae import USAE, StepRecord, train
 from usae_probe.usae.published import PublishedAdamW, PublishedObjective, published_rate
-from usae_probe.usae.world import World
+from usae_probe.world import World
 
 from . import oracles
 

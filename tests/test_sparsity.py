@@ -24,7 +24,7 @@ from usae_probe.usae.model import Coded
 from usae_probe.usae.nested import decode_nested
 from usae_probe.usae.sparsity import SPARSITIES, BatchTopK, JumpReLU, SoftTopK, make_sparsity
 from usae_probe.usae.sparsity.base import largest_of_batch
-from usae_probe.usae.world import World
+from usae_probe.world import World
 
 from . import oracles
 from .planted import World as Planted

@@ -3,7 +3,8 @@
     python tests/benchmarks/harvest_rate.py [CONFIG.toml] [--images 1024]
 
 Bare: the whole forward pass of every model on batches that are already preprocessed, nothing kept. Harvest: decoding,
-preprocessing, captured forward passes, pooling, sealed shards on disk. Rounds alternate, medians are compared.
+preprocessing, captured forward passes, pooling, sealed shards on disk. Rounds alternate, medians are compared. The
+write path is everything between a batch's rows and a sealed shard on disk: checks, conversion, moments, CRC, fsync.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from usae_probe.attaching import attach
+from usae_probe.buffer import BufferWriter, OpenShard
 from usae_probe.config import RunConfig
 from usae_probe.harvesting import harvest
 from usae_probe.hooks import HookedModel
@@ -61,6 +66,33 @@ def harvest_seconds(models: list[HookedModel], config: RunConfig, images: int) -
         return time.perf_counter() - started
 
 
+@contextmanager
+def timed_writing() -> Iterator[list[float]]:
+    """Count, in the only entry, the seconds that harvests spend in the write path while the block runs."""
+    spent = [0.0]
+
+    def timed(of: type, name: str) -> tuple[type, str, Callable[..., Any]]:
+        plain: Callable[..., Any] = getattr(of, name)
+
+        def run(*args: Any, **more: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return plain(*args, **more)
+            finally:
+                spent[0] += time.perf_counter() - started
+
+        setattr(of, name, run)
+        return of, name, plain
+
+    before = [timed(OpenShard, "append"), timed(OpenShard, "demand_done"), timed(BufferWriter, "_seal")]
+    before += [timed(BufferWriter, "_create"), timed(BufferWriter, "close")]
+    try:
+        yield spent
+    finally:
+        for of, name, plain in before:
+            setattr(of, name, plain)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default=EXAMPLE, type=Path)
@@ -75,10 +107,12 @@ def main() -> None:
     batches = list(iter_batches(source, np.arange(args.images), size))
     inputs = [[model.preprocess(batch.pictures) for model in models] for batch in batches]
     bare_seconds(models, inputs[:2])  # warm-up
-    bare, ours = [], []
+    bare, ours, writing = [], [], []
     for _ in range(args.rounds):
         bare.append(bare_seconds(models, inputs))
-        ours.append(harvest_seconds(models, config, args.images))
+        with timed_writing() as spent:
+            ours.append(harvest_seconds(models, config, args.images))
+        writing.append(spent[0] / ours[-1])
     rates = {"bare": args.images / statistics.median(bare), "harvest": args.images / statistics.median(ours)}
     ratios = [b / h for b, h in zip(bare, ours, strict=True)]
     print(
@@ -92,6 +126,8 @@ def main() -> None:
                 "harvest_images_per_s": round(rates["harvest"], 1),
                 "ratio": round(statistics.median(ratios), 3),
                 "ratios": [round(ratio, 3) for ratio in ratios],
+                "write_path_share": round(statistics.median(writing), 4),
+                "write_path_shares": [round(share, 4) for share in writing],
             },
             indent=2,
         )

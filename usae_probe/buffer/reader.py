@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,10 +26,11 @@ _MAPPED = 256
 
 
 class _Piece(NamedTuple):
-    """Rows of one shard among rows that are wanted: their places among those, and in the shard."""
+    """Rows of one shard: which of the sorted rows they are, from `first` to `last`, and their places in the shard."""
 
     entry: ShardEntry
-    places: np.ndarray
+    first: int
+    last: int
     rows: np.ndarray
 
 
@@ -52,10 +55,11 @@ class ColumnReader:
         self.layout = layout_of(identity)
         self._whole_columns = whole and verify != "always"  # memory is not read again
         self._maps: dict[str, ShardMap] = {}
-        self._mapped: dict[str, None] = {}  # the shards that may hold a file descriptor, the one used last at the end
+        self._mapped: dict[str, None] = {}  # the shards that may hold a file descriptor, in the order of opening
+        self._views: dict[tuple[str, str], np.ndarray] = {}  # of those, what has been looked at
         self._verified: set[tuple[str, str]] = set()
         self._loaded: dict[tuple[str, str], np.ndarray] = {}
-        self._lock = threading.RLock()
+        self._lock, self._pid = threading.RLock(), os.getpid()
         self.use(entries)
 
     def use(self, entries: Iterable[ShardEntry]) -> None:
@@ -64,8 +68,8 @@ class ColumnReader:
         for entry in entries:
             self._entries[entry.split].append(entry)
             if entry.dropped:
+                self._forget(entry.file)
                 self._maps.pop(entry.file, None)
-                self._mapped.pop(entry.file, None)
         # Per split: the row at which each shard begins, with the row count as last entry.
         self.begins = {
             split: np.cumsum([0, *(entry.rows for entry in of_split)]) for split, of_split in self._entries.items()
@@ -77,12 +81,17 @@ class ColumnReader:
 
     def slice(self, split: str, column: str, start: int, stop: int, dtype: np.dtype | None = None) -> np.ndarray:
         """Rows `start` to `stop` (exclusive) in storage order, as a copy, in `dtype` or as stored."""
-        out = self._empty(column, stop - start, dtype)
         begins = self.begins[split]
-        for entry, begin, end in zip(self._entries[split], begins[:-1], begins[1:], strict=True):
-            first, last = max(start, begin), min(stop, end)
-            if first < last:
-                out[first - start : last - start] = self._column(entry, column)[first - begin : last - begin]
+        first, last = (int(np.searchsorted(begins, row, side="right")) - 1 for row in (start, max(start, stop - 1)))
+        if first == last and start < stop:
+            within = self._column(self._entries[split][first], column)[start - begins[first] : stop - begins[first]]
+            return within.astype(dtype or within.dtype)
+        out = self._empty(column, stop - start, dtype)
+        for shard in range(first, min(last + 1, len(self._entries[split]))):
+            begin, end = max(start, begins[shard]), min(stop, begins[shard + 1])
+            if begin < end:
+                values = self._column(self._entries[split][shard], column)
+                out[begin - start : end - start] = values[begin - begins[shard] : end - begins[shard]]
         return out
 
     def take(self, split: str, columns: Columns, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,47 +102,69 @@ class ColumnReader:
                 column: taken if columns[column] is None else taken.astype(columns[column], copy=False)
                 for column, taken in wholes.items()
             }
-        pieces = self._pieces(split, rows)
-        out = {column: self._empty(column, len(rows), dtype) for column, dtype in columns.items()}
-        for column, values in out.items():
-            for entry, places, in_shard in pieces:
-                values[places] = self._column(entry, column)[in_shard]
-        return out
+        order, pieces = self._pieces(split, rows)
+        taken = {}
+        for column, dtype in columns.items():
+            in_order = self._empty(column, len(rows), None)
+            for entry, first, last, in_shard in pieces:
+                # clip: the rows are known to be there, and numpy then writes straight to where they belong
+                np.take(self._column(entry, column), in_shard, axis=0, out=in_order[first:last], mode="clip")
+            taken[column] = self._empty(column, len(rows), dtype)
+            taken[column][order] = in_order
+        return taken
 
-    def _pieces(self, split: str, rows: np.ndarray) -> list[_Piece]:
-        """Sort rows shard by shard, and forward through each file."""
+    def _pieces(self, split: str, rows: np.ndarray) -> tuple[np.ndarray, list[_Piece]]:
+        """Sort rows shard by shard, and forward through each file; return their order, and what is in which shard."""
         order = np.argsort(rows, kind="stable")
         wanted, begins = rows[order], self.begins[split]
         shards = np.searchsorted(begins, wanted, side="right") - 1
-        cuts = np.flatnonzero(np.diff(shards)) + 1
-        found = []
-        for places, sorted_rows in zip(np.split(order, cuts), np.split(wanted, cuts), strict=True):
-            if len(places):
-                shard = int(np.searchsorted(begins, sorted_rows[0], side="right")) - 1
-                found.append(_Piece(self._entries[split][shard], places, sorted_rows - begins[shard]))
-        return found
+        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        return order, [
+            _Piece(self._entries[split][shards[first]], first, last, wanted[first:last] - begins[shards[first]])
+            for first, last in itertools.pairwise(cuts)
+            if first < last
+        ]
 
     def _whole(self, split: str, column: str) -> np.ndarray:
-        with self._lock:
+        with self._alone():
             if (split, column) not in self._loaded:
                 self._loaded[split, column] = self.slice(split, column, 0, self.n_rows(split))
             return self._loaded[split, column]
 
     def _column(self, entry: ShardEntry, column: str) -> np.ndarray:
-        with self._lock:
-            if entry.file not in self._maps:
-                self._maps[entry.file] = ShardMap(self._folder, entry)
-            self._mapped.pop(entry.file, None)
-            self._mapped[entry.file] = None
-            if len(self._mapped) > _MAPPED:
-                oldest = next(iter(self._mapped))
-                del self._mapped[oldest]
-                self._maps[oldest].close()
-            values = self._maps[entry.file].column(column, *self.layout[column])
+        known = self._views.get((entry.file, column))
+        if known is not None and self._verify != "always":
+            return known
+        with self._alone():
+            values = self._map(entry).column(column, *self.layout[column])
             if self._verify == "always" or (self._verify == "first" and (entry.file, column) not in self._verified):
                 self._maps[entry.file].demand_intact(column, values)
                 self._verified.add((entry.file, column))
+            self._views[entry.file, column] = values
             return values
+
+    def _alone(self) -> threading.RLock:
+        """Return the lock; in a fork a new one: no thread is there that could give the old one back."""
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.RLock(), os.getpid()
+        return self._lock
+
+    def _map(self, entry: ShardEntry) -> ShardMap:
+        """Return the map of a shard; of too many, the one that was opened first is closed."""
+        if entry.file not in self._maps:
+            self._maps[entry.file] = ShardMap(self._folder, entry)
+        if entry.file not in self._mapped:
+            self._mapped[entry.file] = None
+            if len(self._mapped) > _MAPPED:
+                self._forget(next(iter(self._mapped)))
+        return self._maps[entry.file]
+
+    def _forget(self, file: str) -> None:
+        self._mapped.pop(file, None)
+        for column in self.layout:
+            self._views.pop((file, column), None)
+        if file in self._maps:
+            self._maps[file].close()
 
     def _empty(self, column: str, n: int, dtype: np.dtype | None) -> np.ndarray:
         stored, width = self.layout[column]
@@ -141,10 +172,10 @@ class ColumnReader:
 
     def __getstate__(self) -> dict[str, object]:
         # A memory map would be pickled as a copy of the whole file.
-        return self.__dict__ | {"_maps": {}, "_mapped": {}, "_loaded": {}, "_lock": None}
+        return self.__dict__ | {"_maps": {}, "_mapped": {}, "_views": {}, "_loaded": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state | {"_lock": threading.RLock()})
+        self.__dict__.update(state | {"_lock": threading.RLock(), "_pid": os.getpid()})
 
 
 def layout_of(identity: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
