@@ -15,7 +15,7 @@ from PIL import Image
 import usae_probe as up
 from usae_probe import Run, RunConfig
 from usae_probe.demo import draw_images, save_drawings
-from usae_probe.errors import ConfigError, NoLatentsError, StageError, UsaeProbeWarning, UsageError
+from usae_probe.errors import BufferMismatchError, ConfigError, NoLatentsError, UsaeProbeWarning, UsageError
 from usae_probe.pipeline import RunRecord
 from usae_probe.pipeline.latents import choose_latents, followed_labels
 
@@ -227,7 +227,10 @@ def test_a_mistyped_choice_is_refused_with_the_spelling(text: str) -> None:
 
 def test_other_weights_are_refused(pictures: Pictures, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTHER_WEIGHTS", "1")
-    with pytest.raises(StageError, match="the weights of model 'a' are not those whose activations were harvested"):
+    refused = r"model 'a' is not the one that .* weights_hash: \w+ on disk, \w+ now"
+    with pytest.raises(BufferMismatchError, match=refused):
+        BufferMismatchError, match=r"model 'a' is not the one that .* weights_hash: \w+ on disk, \w+ now"
+    ):
         pictures()
     assert not (folder / "cam").exists()
 
@@ -237,7 +240,7 @@ def test_without_the_images_there_are_pictures_but_no_exemplars(pictures: Pictur
     with pytest.warns(UsaeProbeWarning, match="are left out: image source .* does not exist"):
         assert pictures()["n_pictures"] == 4
     save_drawings(folder.parent / "images.npz", draw_images(60, size=32, seed=5))
-    with pytest.warns(UsaeProbeWarning, match="other pictures than those that were harvested"):
+    with pytest.raises(BufferMismatchError, match=r"source\.fingerprint: \w+… on disk, \w+… now"):
         pictures(latents="1")
 
 

@@ -141,8 +141,9 @@ def demand_training_rows(buffer: ActivationBuffer) -> None:
         ImageError: with the reason of the first that could not.
     """
     if not buffer.n_images("train"):
+        planned = sum(entry.n_planned for entry in buffer.shards if entry.split == "train")
         raise ImageError(
-            f"none of the training images of {buffer.source['location']} could be decoded",
+            f"none of the {planned} training images of {buffer.source['location']} could be decoded",
             hint=f"first failure: {buffer.skipped[0].reason}" if buffer.skipped else "",
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +91,9 @@ def read_npz(path: Path) -> dict[str, Any]:
         UsageError: when the file cannot be read, or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
+    except Exception as error:  # of a damaged file NumPy and zipfile raise ten kinds and more
         raise UsageError(
             f"'{path}' cannot be read as .npz: {error}",
             hint="write it with np.savez(path, **{'model/layer': array, …}), without pickled objects",

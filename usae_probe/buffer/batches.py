@@ -13,7 +13,7 @@ from ..errors import UsageError
 from .shuffle import Pass
 
 Read = TypeVar("Read")
-_SHARDS = 1  # of draws
+_SHARDS = 3  # of draws
 
 
 def steps_per_epoch(n_rows: int, batch_size: int) -> int:

@@ -38,6 +38,7 @@ class WriterLock:
                 hint="wait until it is done, or stop it; or give another folder",
             ) from error
         except OSError as error:
+            self._lock.release()
             raise UsaeProbeError(
                 f"the buffer {folder} cannot be written to: {error.strerror or error}",
                 hint="see to the folder's permissions and the disk, or write to another folder",

@@ -35,7 +35,7 @@ def read_parts(folder: Path, identity: dict[str, Any]) -> Iterator[ShardEntry]:
                 continue
             if document["identity"] == json_sha256(identity):
                 yield from map(ShardEntry.from_dict, document["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
 
 

@@ -105,19 +105,15 @@ class Pass:
     def _parts(self, place: int, tick: int, number: int | None = None) -> list[tuple[int, int]]:
         """Return which of a shard's rows, in its order, a tick takes, in its draw `number` or in all of them.
 
-        Draw q has the rows in an order that is turned by q/reuse: no row comes twice in a tick if it need not.
+        Every tick that a shard is in takes another part of its rows. Draw q begins q/reuse of the parts further on than
+        draw 0: no row comes twice in a tick unless it is drawn more often than there are ticks.
         """
         rows = self._rows_of(self.shards[place])
         first_tick, last_tick = max(0, place - self.window + 1), min(place, self.n_ticks - 1)
         span = last_tick - first_tick + 1
-        low, high = ((tick - first_tick + more) * rows // span for more in (0, 1))
-        parts = []
-        for draw in range(self.reuse) if number is None else (number,):
-            turned = draw * rows // self.reuse
-            begin, end = low + turned, high + turned
-            parts += [(begin, min(end, rows)), (0, end - rows)] if begin < rows < end else []
-            parts += [(begin % rows, begin % rows + end - begin)] if rows and not begin < rows < end else []
-        return parts
+        draws = range(self.reuse) if number is None else (number,)
+        pieces = [(tick - first_tick + draw * span // self.reuse) % span for draw in draws]
+        return [(piece * rows // span, (piece + 1) * rows // span) for piece in pieces]
 
     def _order(self, place: int) -> np.ndarray:
         if place not in self._orders:

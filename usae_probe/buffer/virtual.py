@@ -21,7 +21,8 @@ def write_virtual(folder: Path, manifest: Manifest) -> None:
     """Write `buffer.h5`: per split a group with one dataset per site and `image_index`, `token_index`.
 
     It holds no rows, only which rows of which shard come where, by file names relative to the folder: it stays right
-    when the folder is moved. Rows of a shard that is missing read as NaN, and as −1 in the indices.
+    when the folder is moved. Rows of a shard that is missing read as NaN, and as −1 in the indices. (Open it by a path:
+    HDF5 looks for a missing shard in the working directory too, where there should not be another buffer's.)
     """
     dtype = STORED[manifest.identity["dtype"]]
     columns: dict[str, tuple[np.dtype, tuple[int, ...], Any]] = {

@@ -21,6 +21,8 @@ from .spec import IMAGE_INDEX, MOMENTS, TOKEN_INDEX, BufferSpec, ShardPlan
 from .store import ActivationBuffer
 from .virtual import VIRTUAL, write_virtual
 
+_UNFINISHED = (MANIFEST + TEMPORARY, "shard-*.h5" + TEMPORARY, f".{VIRTUAL}{TEMPORARY}-*")
+
 
 class BufferWriter:
     """Creates a buffer, or goes on with one that was made from an equal spec.
@@ -66,6 +68,8 @@ class BufferWriter:
         self.path = Path(path)
         self.spec = spec
         self._describe = describe
+        if not 0 <= rank < size:
+            raise UsageError(f"rank={rank} is none of {size} processes: they are numbered from 0")
         self._rank, self._size = rank, size
         self._plans = spec.plans()
         self._d_in = {site.site: site.d_in for site in spec.sites}
@@ -116,7 +120,11 @@ class BufferWriter:
                 f"a buffer cannot be written to {self.path}: {error.strerror}", hint="see to the folder's permissions"
             ) from error
         self._lock = WriterLock(self.path)
-        return self._fresh()
+        if (self.path / MANIFEST).exists():  # who held the lock has made it
+            return self._resume()
+        remove_parts(self.path)
+        with self._told("the manifest"):
+            return self._fresh()
 
     def _fresh(self) -> Manifest:
         manifest = Manifest.of(self.spec)
@@ -126,7 +134,7 @@ class BufferWriter:
     def _resume(self) -> Manifest:
         manifest = Manifest.load(self.path)
         if not (manifest.complete or self._rank):
-            self._lock = WriterLock(self.path)
+            self._lock = self._lock or WriterLock(self.path)
             manifest = Manifest.load(self.path)  # who held the lock may have gone on with it
             if not manifest.shards and not any(read_parts(self.path, manifest.identity)):
                 manifest = self._fresh()  # nothing would be lost, whatever it was meant to hold
@@ -141,8 +149,8 @@ class BufferWriter:
 
     def _tidy(self, manifest: Manifest) -> None:
         """Remove what a killed writer left."""
-        for pattern in (MANIFEST, "shard-*.h5"):
-            for stray in self.path.glob(pattern + TEMPORARY):
+        for pattern in _UNFINISHED:
+            for stray in self.path.glob(pattern):
                 stray.unlink(missing_ok=True)
         for entry in manifest.shards:
             if entry.dropped:
@@ -195,13 +203,8 @@ class BufferWriter:
         try:
             yield self._open
             self._open.demand_done()
-            try:
+            with self._told(f"shard {plan.file}"):
                 self._seal(self._open)
-            except (OSError, RuntimeError) as error:  # the latter is how h5py reports a full disk
-                raise UsaeProbeError(
-                    f"shard {plan.file} of {self.path} could not be written: {error}",
-                    hint="see to the disk and start again: sealed shards are kept and the rest is gone on with",
-                ) from error
         finally:
             self._open = None
 
@@ -221,6 +224,8 @@ class BufferWriter:
         Raises:
             StageError: when shards are pending.
         """
+        if self._rank:
+            raise StageError(f"process {self._rank} of {self._size} cannot close {self.path}: that is for process 0")
         if not self._manifest.complete:
             manifest = self._merged(self._manifest)
             missing = len(self._plans) - len(manifest.shards)
@@ -228,9 +233,10 @@ class BufferWriter:
                 raise StageError(
                     f"{self.path} still lacks {missing} of {len(self._plans)} shards", hint="write pending() first"
                 )
-            if self.spec.ring is None:
-                write_virtual(self.path, manifest)
-            self._save(manifest.completed())
+            with self._told("the end"):
+                if self.spec.ring is None:
+                    write_virtual(self.path, manifest)
+                self._save(manifest.completed())
         self.release()
         return ActivationBuffer(self.path)
 
@@ -238,10 +244,22 @@ class BufferWriter:
         manifest.save(self.path)
         self._manifest = manifest
 
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Say what the disk did not take; h5py reports a full one as RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise UsaeProbeError(
+                f"{what} of {self.path} could not be written: {error}",
+                hint="see to the disk and start again: sealed shards are kept and the rest is gone on with",
+            ) from error
+
     def _merged(self, manifest: Manifest) -> Manifest:
         """Put what several processes wrote into the manifest."""
         known = {entry.index for entry in manifest.shards}
-        found = [entry for entry in read_parts(self.path, manifest.identity) if entry.index not in known]
+        unique = {entry.index: entry for entry in read_parts(self.path, manifest.identity)}
+        found = [entry for index, entry in unique.items() if index not in known]
         if found:
             for entry in found:
                 demand_present(self.path, entry)
@@ -319,7 +337,7 @@ def discard_buffer(path: str | Path) -> None:
     try:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it there is no buffer
         remove_parts(folder)
-        for pattern in ("shard-*.h5", "shard-*.h5" + TEMPORARY, MANIFEST + TEMPORARY, VIRTUAL):
+        for pattern in ("shard-*.h5", VIRTUAL, *_UNFINISHED):
             for file in folder.glob(pattern):
                 file.unlink(missing_ok=True)
     finally:
