@@ -229,8 +229,6 @@ def test_other_weights_are_refused(pictures: Pictures, folder: Path, monkeypatch
     monkeypatch.setenv("OTHER_WEIGHTS", "1")
     refused = r"model 'a' is not the one that .* weights_hash: \w+ on disk, \w+ now"
     with pytest.raises(BufferMismatchError, match=refused):
-        BufferMismatchError, match=r"model 'a' is not the one that .* weights_hash: \w+ on disk, \w+ now"
-    ):
         pictures()
     assert not (folder / "cam").exists()
 
