@@ -24,7 +24,7 @@ from usae_probe.world import World, current
 
 from .command import command
 from .distributed_worker import STEPS, TRAININGS, operations, records
-from .tiny_run import changed, put_tiny_run
+from .tiny_run import changed, put_tiny_run, toml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,12 +251,3 @@ def build(**options):
     return net
 """
 """Notes in which process a network runs."""
-
-
-def toml(tables: dict[str, Any], prefix: str = "") -> str:
-    """Spell a config as TOML."""
-    own = "".join(f"{key} = {json.dumps(value)}\n" for key, value in tables.items() if not isinstance(value, dict))
-    inner = (
-        f"[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}" for key, value in tables.items() if isinstance(value, dict)
-    )
-    return own + "".join(inner)

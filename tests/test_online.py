@@ -249,9 +249,9 @@ class TestPlan:
         assert (plan.shards, plan.rows, plan.window, plan.drops) == (31, 1215, 31, False)
 
     def test_a_ring_mixes_less_than_it_holds(self) -> None:
-        # Ten shards fit. A batch fills one, two more are being written and waited for: (10 − 1 − 2) // 2 + 1 = 4.
+        # Ten shards fit. A batch fills one, two more are being written and waited for: 10 − 1 − 2 = 7.
         plan = self.plan(RING.capacity)
-        assert (plan.window, plan.warmup_shards, plan.tail) == (4, 3, 4)
+        assert (plan.window, plan.warmup_shards, plan.tail) == (7, 3, 7)
 
     def test_the_warm_up_ends_before_the_ring_is_full(self) -> None:
         assert self.plan(RING.capacity, warmup_rows=10_000).warmup_shards == 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,12 @@ def put_tiny_run(folder: Path) -> Path:
     (folder / "nets.py").write_text(FACTORY)
     save_drawings(folder / "images.npz", draw_images(60, size=32))
     return folder
+
+
+def toml(tables: dict[str, Any], prefix: str = "") -> str:
+    """Spell a config as TOML; keys that are None are left out."""
+    plain = {key: value for key, value in tables.items() if value is not None and not isinstance(value, dict)}
+    inner = (
+        f"[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}" for key, value in tables.items() if isinstance(value, dict)
+    )
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items()) + "".join(inner)

@@ -150,7 +150,12 @@ class ActivationBuffer:
     @property
     def is_of_an_older_version(self) -> bool:
         """Whether it lacks shards that this version cannot add, because an older one began it."""
-        return self._manifest.schema != SCHEMA and not self.complete
+        return self.schema != SCHEMA and not self.complete
+
+    @property
+    def schema(self) -> int:
+        """Of its manifest."""
+        return self._manifest.schema
 
     @property
     def skipped(self) -> list[Skipped]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -18,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer import ActivationBuffer, SiteSpec
-from ..buffer.lock import FILES
-from ..buffer.manifest import Manifest
+from ..buffer.lock import holder
 from ..buffer.parts import read_parts
 from ..errors import BufferIntegrityError
 from ..split import SPLITS, SplitName
@@ -37,12 +34,12 @@ GO_ON = "give the command that harvests again: it goes on with what is missing"
 def described(buffer: ActivationBuffer) -> dict[str, Any]:
     """Return what a buffer holds, for JSON and for `buffer_screen`."""
     splits = {split: _split(buffer, split) for split in SPLITS}
-    writer = _writer(buffer.path)
+    writer = holder(buffer.path)
     return {
         "folder": str(buffer.path),
-        "schema": Manifest.load(buffer.path).schema,
+        "schema": buffer.schema,
         "complete": buffer.complete,
-        "writer": writer,
+        "writer": writer._asdict() if writer else None,
         "problem": None if writer else _absent(buffer),
         "missing": _missing(buffer, splits),
         "mode": "ring" if buffer.identity.get("ring") else "store",
@@ -118,23 +115,6 @@ def without_columns(buffer: ActivationBuffer, message: str) -> str:
     for entry in buffer.shards:
         message = message.replace(f"{entry.file} is damaged ({', '.join(entry.crc)})", f"{entry.file} is damaged")
     return message
-
-
-def _writer(folder: Path) -> dict[str, Any] | None:
-    """Return who writes to a buffer; a process of this machine that has ended does not."""
-    try:
-        holder = json.loads((folder / FILES[-1]).read_text(encoding="utf-8"))
-        pid, host = int(holder["pid"]), str(holder["host"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if host == socket.gethostname() and os.name == "posix":  # on Windows signal 0 ends a process
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except OSError:
-            pass  # another user's
-    return {"pid": pid, "host": host}
 
 
 # --- what it holds, as a screen ---
