@@ -64,12 +64,25 @@ def planted_world(
     rng = np.random.default_rng(seed)
     shared = {site: _unit(rng.normal(size=(n_shared, d))) for site, d in sites.items()}
     private = {site: _unit(rng.normal(size=(n_private, d))) for site, d in sites.items()}
-    common = _strengths(rng, n, n_shared, active_shared)
+    world = World({}, shared, private)
+    return world._replace(rows=_rows(world, rng, n, active_shared, active_private, noise))
+
+
+def planted_rows(world: World, n: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Draw more rows of a world, with the numbers of active atoms and the noise of `planted_world`'s defaults."""
+    return _rows(world, np.random.default_rng((seed, 2)), n, 6, 2, 0.02)
+
+
+def _rows(
+    world: World, rng: np.random.Generator, n: int, active_shared: int, active_private: int, noise: float
+) -> dict[str, np.ndarray]:
+    common = _strengths(rng, n, len(next(iter(world.shared.values()))), active_shared)
     rows = {}
-    for site, d in sites.items():
-        own = _strengths(rng, n, n_private, active_private)
-        rows[site] = common @ shared[site] + own @ private[site] + noise * rng.normal(size=(n, d))
-    return World({site: values.astype(np.float32) for site, values in rows.items()}, shared, private)
+    for site, shared in world.shared.items():
+        own = _strengths(rng, n, len(world.private[site]), active_private)
+        x = common @ shared + own @ world.private[site] + noise * rng.normal(size=(n, shared.shape[1]))
+        rows[site] = x.astype(np.float32)
+    return rows
 
 
 class HardWorld(NamedTuple):
