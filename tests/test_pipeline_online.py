@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from usae_probe import ActivationBuffer, Run, RunConfig, harvest, harvest_and_train
+from usae_probe import ActivationBuffer, Run, RunConfig, Sweep, harvest, harvest_and_train
 from usae_probe.attaching import attach
 from usae_probe.config import ImagesConfig
 from usae_probe.errors import BufferMismatchError, ConfigError, StageError
@@ -142,6 +142,13 @@ def test_several_processes_are_told_to_harvest_first(run: Runner) -> None:
 
     with pytest.raises(ConfigError, match="works in one process, 2 were started"):
         run(changed(buffer=ONLINE), world=Two())
+
+
+@pytest.mark.parametrize("buffer", [ONLINE, RING], ids=["store", "ring"])
+def test_a_sweep_needs_a_buffer_that_is_there(base: Path, buffer: dict[str, Any]) -> None:
+    config = RunConfig.from_dict(changed(buffer=buffer, train=TRAIN), base=base)
+    with pytest.raises(ConfigError, match="many times from one buffer"):
+        Sweep(config, base / "sweep", {"usae.k": [2, 3]})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -60,6 +61,30 @@ def test_stopped_and_resumed_equals_uninterrupted(buffer: ActivationBuffer, tmp_
     resumed = train(buffer, resume=tmp_path / "state", **SETTINGS)
     assert same(whole.usae, resumed.usae)
     assert resumed.history == [record for record in whole.history if record.step > step]
+
+
+def test_rows_read_ahead_are_the_same(buffer: ActivationBuffer, tmp_path: Path) -> None:
+    whole = train(buffer, **SETTINGS)
+    stopped_at(13, buffer, tmp_path / "state")
+    resumed = train(buffer, resume=tmp_path / "state", workers=2, **SETTINGS)
+    assert resumed.resumed == 13
+    assert same(whole.usae, resumed.usae)
+
+
+def test_a_buffer_above_its_memory_is_gone_on_with_in_its_pool(buffer: ActivationBuffer, tmp_path: Path) -> None:
+    """Five shards of 70 images, two of them in the pool."""
+    rows = buffer.read("train").values
+    arrays = {site: np.concatenate([x, x])[:350] for site, x in rows.items()}
+    made = ActivationBuffer.from_arrays(arrays, tmp_path / "acts", holdout=0.0, validation=0.0, shard_images=70)
+    pooled = ActivationBuffer(made.path, memory_budget=1)
+    assert (made.pool(), pooled.pool()) == (None, 2)
+    whole = train(pooled, **SETTINGS)
+    stopped_at(13, pooled, tmp_path / "state")
+    assert same(train(pooled, resume=tmp_path / "state", **SETTINGS).usae, whole.usae)
+    stopped_at(13, pooled, tmp_path / "other")
+    fresh = train(made, resume=tmp_path / "other", **SETTINGS)
+    assert fresh.resumed == 0  # mixed in another way, it is another training
+    assert not same(fresh.usae, whole.usae)
 
 
 def test_seconds_are_those_of_all_parts(buffer: ActivationBuffer, tmp_path: Path) -> None:

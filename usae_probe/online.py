@@ -17,7 +17,7 @@ from .hooks import HookedModel
 from .images import ImageSource, open_source
 from .usae import StepRecord, TrainResult, train
 
-_IDLE = {"log_every", "tensorboard", "kernel", "device"}
+_IDLE = {"log_every", "tensorboard", "kernel", "device", "workers"}
 """Settings of a training that its weights do not depend on, or only in their last bits."""
 
 

@@ -67,7 +67,8 @@ class OnlinePlan:
             needed = 2 + 2 + batch  # two to mix, two more for what is being written and what is being waited for
             if held < min(needed, shards):
                 raise ConfigError(_too_small(spec, capacity, min(needed, shards)))
-            window = max(2, min(window, held - batch - 2))  # the more are mixed, the less a row's draws lie together
+            # The more are mixed, the less a row's draws lie together; with the rest either side can be ahead.
+            window = max(2, min(window, held - batch - 2, 3 * held // 4))
             warmup = min(warmup, held - 1)
         window = min(window, shards)
         return cls(

@@ -97,10 +97,9 @@ class ColumnReader:
     def take(self, split: str, columns: Columns, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The given rows of some columns, in the order given, as copies."""
         if self._whole_columns:
-            wholes = {column: self._whole(split, column)[rows] for column in columns}
             return {
-                column: taken if columns[column] is None else taken.astype(columns[column], copy=False)
-                for column, taken in wholes.items()
+                column: self._whole(split, column)[rows].astype(dtype or self.layout[column][0], copy=False)
+                for column, dtype in columns.items()
             }
         order, pieces = self._pieces(split, rows)
         taken = {}

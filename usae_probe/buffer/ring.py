@@ -119,10 +119,10 @@ class Ring:
                 self._changed.notify_all()
 
     def is_short(self, shard: int) -> bool:
-        """Say whether the producer waits, and releasing what comes before this shard would let it do a quarter more."""
+        """Say whether the producer waits, and releasing what comes before this shard would let it do an eighth more."""
         with self._changed:
             present = sum(not entry.dropped for entry in self._manifest.entries("train"))
-            return self._full and shard - self._needed_from >= max(1, present // 4)
+            return self._full and shard - self._needed_from >= max(1, present // 8)
 
     def interrupt(self) -> None:
         """Wake the consumer to end it; may be called by a signal's handler in the consumer's own thread."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ByteSize, Field, PrivateAttr, model_validator
 
 from ..errors import ConfigError
 from ..sites import Site, check_model_name
@@ -127,8 +127,12 @@ def documented_keys() -> Iterator[tuple[str, str, str, str]]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             continue
         for key, entry in model.model_fields.items():
-            default = "required" if entry.is_required() else repr(entry.get_default(call_default_factory=True))
+            default = "required" if entry.is_required() else _shown(entry.get_default(call_default_factory=True))
             yield name, key, default, entry.description or ""
+
+
+def _shown(default: Any) -> str:
+    return default.human_readable() if isinstance(default, ByteSize) else repr(default)
 
 
 def _expanded(value: Any) -> Any:

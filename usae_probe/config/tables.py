@@ -200,6 +200,7 @@ class TrainConfig(Table):
         "last", description="weights that the run keeps: of the last step, or of the best validation cross-R²"
     )
     ema: Share = Field(0.0, description="decay per step of an average of the weights that takes their place; 0: none")
+    workers: int = Field(0, ge=0, description="threads that read the next batches meanwhile; the batches are the same")
     tensorboard: bool = Field(False, description="write records to tensorboard/ in the run folder too")
     device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
     seed: int = Field(0, description="seed of initialisation, batches and sources")

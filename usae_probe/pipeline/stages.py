@@ -35,7 +35,7 @@ _ALONG = ("memory", "online", "reuse", "warmup_rows")
 _WITHOUT_EFFECT = {
     "images": ("workers",),
     "buffer": ("verify",),
-    "train": ("log_every", "kernel", "device", "tensorboard"),
+    "train": ("log_every", "kernel", "device", "tensorboard", "workers"),
     "cam": ("batch_size",),
 }
 

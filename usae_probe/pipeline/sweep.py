@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..attaching import check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import BufferIntegrityError, StageError, UsaeProbeError
+from ..errors import BufferIntegrityError, ConfigError, StageError, UsaeProbeError
 from ..files import write_json, write_text
 from ..probes import one_site_per_model
 from ..report.sweep_figure import sweep_figure
@@ -144,6 +144,11 @@ class Sweep:
             check_device(device)
         if any(cell.config.train.tensorboard for cell in self.cells):
             check_tensorboard()
+        if config.buffer.trains_along:
+            raise ConfigError(
+                "a sweep trains many times from one buffer, none of them along with its harvest",
+                hint="leave online out of [buffer], and mode = 'ring'",
+            )
 
     def run(self) -> SweepResult:
         """Do what is not done yet; a cell that fails is recorded, and the others go on.

@@ -170,7 +170,8 @@ def _finished(folder: Path, digest: str) -> float | None:
 
 def _digest(buffer: ActivationBuffer, site: str, shape: UsaeConfig, how: TrainConfig) -> str:
     # `validate_every` decides nothing here: `one_site` has switched off what goes by validations
-    settings = how.model_dump(mode="json", exclude={"log_every", "validate_every", "kernel", "device", "tensorboard"})
+    idle = {"log_every", "validate_every", "kernel", "device", "tensorboard", "workers"}
+    settings = how.model_dump(mode="json", exclude=idle)
     shown = shape.model_dump(mode="json")
     return json_sha256({"buffer": buffer.identity, "site": site, "usae": shown, "train": settings})
 

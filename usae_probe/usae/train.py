@@ -145,7 +145,7 @@ def _kept(training: Training, state: TrainingState | None, interrupted: Callable
 
 def _depends_on(training: Training, shape: UsaeConfig) -> dict[str, Any]:
     how, buffer = training.how, training.buffer
-    idle = {"log_every", "tensorboard"}
+    idle = {"log_every", "tensorboard", "workers"}
     if not how.early_stop and how.keep == "last":
         idle |= {"validate_every"}
     settings = how.model_dump(exclude=idle)

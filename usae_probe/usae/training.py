@@ -100,6 +100,7 @@ class Training:
             start_step=self.step,
             sites=list(self.usae.sites),
             share=slice(None) if shuffled else share,
+            workers=0 if isinstance(self.buffer, OnlineBuffer) else how.workers,  # it would wait for rows to come
         )
         for step, rows in enumerate(batches, self.step + 1):
             yield _mispaired(rows, how, step, share) if shuffled else dict(rows.values)
