@@ -75,7 +75,9 @@ def test_a_buffer_above_its_memory_is_gone_on_with_in_its_pool(buffer: Activatio
     """Five shards of 70 images, two of them in the pool."""
     rows = buffer.read("train").values
     arrays = {site: np.concatenate([x, x])[:350] for site, x in rows.items()}
-    made = ActivationBuffer.from_arrays(arrays, tmp_path / "acts", holdout=0.0, validation=0.0, shard_images=70)
+    made = ActivationBuffer.from_arrays(
+        arrays, tmp_path / "larger", holdout=0.0, validation=0.0, shard_images=70, dtype="float32"
+    )
     pooled = ActivationBuffer(made.path, memory_budget=1)
     assert (made.pool(), pooled.pool()) == (None, 2)
     whole = train(pooled, **SETTINGS)

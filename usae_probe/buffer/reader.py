@@ -101,25 +101,28 @@ class ColumnReader:
                 column: self._whole(split, column)[rows].astype(dtype or self.layout[column][0], copy=False)
                 for column, dtype in columns.items()
             }
-        order, pieces = self._pieces(split, rows)
+        order = None if (rows[:-1] <= rows[1:]).all() else np.argsort(rows, kind="stable")
+        pieces = self._pieces(split, rows if order is None else rows[order])
         taken = {}
         for column, dtype in columns.items():
             in_order = self._empty(column, len(rows), None)
             for entry, first, last, in_shard in pieces:
                 # clip: the rows are known to be there, and numpy then writes straight to where they belong
                 np.take(self._column(entry, column), in_shard, axis=0, out=in_order[first:last], mode="clip")
-            taken[column] = self._empty(column, len(rows), dtype)
-            taken[column][order] = in_order
+            if order is None:
+                taken[column] = in_order.astype(dtype or in_order.dtype, copy=False)
+            else:
+                taken[column] = self._empty(column, len(rows), dtype)
+                taken[column][order] = in_order
         return taken
 
-    def _pieces(self, split: str, rows: np.ndarray) -> tuple[np.ndarray, list[_Piece]]:
-        """Sort rows shard by shard, and forward through each file; return their order, and what is in which shard."""
-        order = np.argsort(rows, kind="stable")
-        wanted, begins = rows[order], self.begins[split]
-        shards = np.searchsorted(begins, wanted, side="right") - 1
+    def _pieces(self, split: str, rows: np.ndarray) -> list[_Piece]:
+        """Return which of some rows, which are sorted, are in which shard."""
+        begins = self.begins[split]
+        shards = np.searchsorted(begins, rows, side="right") - 1
         cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
-        return order, [
-            _Piece(self._entries[split][shards[first]], first, last, wanted[first:last] - begins[shards[first]])
+        return [
+            _Piece(self._entries[split][shards[first]], first, last, rows[first:last] - begins[shards[first]])
             for first, last in itertools.pairwise(cuts)
             if first < last
         ]

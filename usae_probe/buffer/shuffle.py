@@ -86,7 +86,10 @@ class Pass:
         return np.concatenate(draws)
 
     def batches(self, size: int, start_step: int = 0) -> Iterator[np.ndarray]:
-        """Yield the rows of batch `start_step` and those after it; rows that fill no last batch are left out."""
+        """Yield the rows of batch `start_step` and those after it; rows that fill no last batch are left out.
+
+        Within a batch, where order means nothing, they are in the order in which they lie on disk.
+        """
         skipped = start_step * size
         first = self.tick_at(skipped)
         left = np.empty(0, np.int64)
@@ -96,7 +99,7 @@ class Pass:
             left = np.concatenate([left, drawn[skipped - self.start(first) :] if tick == first else drawn])
             whole = len(left) // size * size
             for begin in range(0, whole, size):
-                yield left[begin : begin + size]
+                yield np.sort(left[begin : begin + size])
             left = left[whole:]
 
     def _places(self, tick: int) -> range:
