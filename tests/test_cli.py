@@ -295,7 +295,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         [sys.executable, "-m", "usae_probe", "--help"], env=environment(), capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start < 10  # well under a second when nothing else runs
-    for name in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo", "cam"):
+    for name in ("run", "harvest", "train", "evaluate", "layers", "adapters", "demo", "cam", "buffer"):
         assert name in result.stdout
     code = (
         "import sys, usae_probe, usae_probe.cli\n"

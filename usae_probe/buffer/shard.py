@@ -17,7 +17,7 @@ from .spec import MOMENTS, dataset_name
 # Fixed format bounds, no time stamps and one alignment: the same rows give the same bytes, whoever writes them and
 # when. v110 also puts checksums on HDF5's own structures, so that damage there is an error as well.
 FORMAT = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": 64}
-_RESTORE = "restore the file from a copy, or delete the buffer and harvest again"
+RESTORE = "restore the file from a copy, or delete the buffer and harvest again"
 
 
 def write_shard(path: Path, columns: Iterable[tuple[str, np.ndarray]]) -> dict[str, int]:
@@ -137,4 +137,4 @@ def merged_moments(folder: Path, entries: Iterable[ShardEntry], d_in: Mapping[st
 
 
 def _damaged(path: Path, columns: list[str], why: str) -> BufferIntegrityError:
-    return BufferIntegrityError(f"shard {path} is damaged ({', '.join(columns)}): {why}", hint=_RESTORE)
+    return BufferIntegrityError(f"shard {path} is damaged ({', '.join(columns)}): {why}", hint=RESTORE)

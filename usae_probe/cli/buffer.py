@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ..buffer.manifest import ShardEntry
     from ..report.terminal import StageProgress
 
-_RESTORE = "restore it from a copy, or delete the buffer and harvest again"
-
 app = typer.Typer(
     name="buffer",
     help="Look at a run's activations. What its buffer holds, whether it is intact; rows of it for other tools.",
@@ -90,6 +88,7 @@ def export(
 def _verified(folder: Path, bars: StageProgress) -> dict[str, Any]:
     """Read all of a buffer and return what is wrong with it."""
     from ..buffer import ActivationBuffer
+    from ..buffer.shard import RESTORE
     from ..report.buffer import GO_ON, described, what_is_missing, without_columns
 
     try:
@@ -104,7 +103,7 @@ def _verified(folder: Path, bars: StageProgress) -> dict[str, Any]:
         bars.update("verify", len(read), len(there), "shards", file)
 
     wrong = _without_dropped(folder, buffer.verify(progress))
-    problems = [{"message": without_columns(buffer, message), "hint": _RESTORE} for message in wrong]
+    problems = [{"message": without_columns(buffer, message), "hint": RESTORE} for message in wrong]
     if not buffer.complete:
         held = described(buffer)
         hint = "wait until it is written" if held["writer"] else GO_ON

@@ -124,10 +124,12 @@ class Run:
             return []
         started = time.perf_counter()
         why = {each: self._why(each) for each in ("harvest", "train")}
+        self._announce(("harvest", why["harvest"]))
         done = self._stage("train", why=why["train"] or why["harvest"])
         together = StageResult(
             "harvest", kept=False, seconds=time.perf_counter() - started, why=why["harvest"], note="along with training"
         )
+        self._announce(together)
         return [together, done]
 
     def _harvest_is_due(self) -> bool:
