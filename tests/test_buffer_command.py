@@ -287,14 +287,14 @@ def test_verify_lists_all_that_is_wrong(cli: Command, run: Path) -> None:
     assert f"• {SHARD} is damaged ({RESNET}): its CRC32 is " in text
     assert "• shard-00000.h5 is damaged: the file is missing" in text
     assert "• shard-00005.h5 is damaged: the file has 100 bytes where the manifest says" in text
-    assert text.count("restore it from a copy, or delete the buffer and harvest again") == 1
+    assert text.count("restore the file from a copy, or delete the buffer and harvest again") == 1
     assert max(map(len, shown.lines)) <= 80
     as_json = cli("buffer", "verify", "run", "--json")
     assert as_json.status == 1
     data = as_json.document
     assert (data["ok"], data["shards"], len(data["problems"])) == (False, 7, 3)
     assert f"shard run/buffer/{SHARD} is damaged ({RESNET}): its CRC32 is" in data["problems"][1]["message"]
-    assert all(problem["hint"].startswith("restore it") for problem in data["problems"])
+    assert all(problem["hint"].startswith("restore the file") for problem in data["problems"])
 
 
 def test_a_flipped_bit_of_the_moments_is_found(cli: Command, run: Path) -> None:

@@ -128,7 +128,7 @@ def test_options_are_the_adapters_business() -> None:
         ({"models": {}, "images": {"source": "p"}}, ["'models'", "at least 1"]),
         (minimal(models={"vit": {"name": "a", "layers": []}}), ["'models.vit.layers'", "at least 1"]),
         (minimal(models={"vit": {"layers": ["b"]}}), ["'models.vit.name' is missing"]),
-        (minimal(buffer={"mode": "ring"}), ["'buffer.mode'", "'store'", "given 'ring'"]),
+        (minimal(buffer={"mode": "rings"}), ["'buffer.mode'", "'store' or 'ring'", "given 'rings'"]),
         (minimal(buffer={"dtype": "float64"}), ["'buffer.dtype'", "'float16' or 'float32'", "given 'float64'"]),
         (minimal(usae={"sparsity": "relu"}), ["'usae.sparsity'", "'topk'", "given 'relu'"]),
         (minimal(usae={"k": 0}), ["'usae.k'", "given 0"]),
