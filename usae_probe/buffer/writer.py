@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ..errors import BufferIntegrityError, StageError, UsaeProbeError, UsageError
+from ..errors import BufferIntegrityError, StageError, UsaeProbeError, UsageError, first_line
 from ..files import publish
 from .lock import WriterLock
 from .manifest import MANIFEST, TEMPORARY, Manifest, ShardEntry
@@ -246,12 +247,13 @@ class BufferWriter:
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Say what the disk did not take; h5py reports a full one as RuntimeError."""
+        """Say what the disk did not take; h5py reports a full one as RuntimeError too, and at length."""
         try:
             yield
         except (OSError, RuntimeError) as error:
+            number = getattr(error, "errno", None)
             raise UsaeProbeError(
-                f"{what} of {self.path} could not be written: {error}",
+                f"{what} of {self.path} could not be written: {os.strerror(number) if number else first_line(error)}",
                 hint="see to the disk and start again: sealed shards are kept and the rest is gone on with",
             ) from error
 
