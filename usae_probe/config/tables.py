@@ -69,7 +69,9 @@ class BufferConfig(Table):
     mode: Literal["store", "ring"] = Field(
         "store", description="store: keep all rows; ring: train while harvesting and drop training rows once used"
     )
-    capacity: ByteSize | None = Field(None, description="ring: what it may take on disk, held-out rows included: 20GB, 512MiB")
+    capacity: ByteSize | None = Field(
+        None, description="ring: what it may take on disk, held-out rows included: 20GB, 512MiB"
+    )
     online: bool = Field(False, description="store: train while harvesting (a ring always does)")
     reuse: int = Field(1, ge=1, description="times that a row is drawn in the pass that goes along with the harvest")
     warmup_rows: int = Field(
