@@ -1,6 +1,6 @@
 """Row-paired activations of several sites on disk: sealed HDF5 shards plus a manifest. Imports no torch."""
 
-from .manifest import Skipped
+from .manifest import SCHEMA, Skipped
 from .moments import Moments
 from .online import OnlineBuffer, OnlinePlan
 from .open_shard import OpenShard
@@ -12,6 +12,7 @@ from .store import ActivationBuffer
 from .writer import BufferWriter, discard_buffer
 
 __all__ = [
+    "SCHEMA",
     "ActivationBuffer",
     "BatchDataset",
     "BufferSpec",

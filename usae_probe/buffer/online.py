@@ -14,9 +14,9 @@ from .moments import Moments
 from .reader import Verify
 from .ring import Ring, shard_bytes
 from .shard import merged_moments
-from .shuffle import Pass
+from .shuffle import Pass, pool_of
 from .spec import BufferSpec, RingSpec
-from .store import ActivationBuffer, pool_of
+from .store import ActivationBuffer
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 _ROWS, _TICK = 1, 2  # of draws
+_POOL = 64  # shards: more mix no better, and every one is a piece of every batch
 
 
 class Pass:
@@ -127,3 +128,8 @@ class Pass:
 
     def _random(self, kind: int, number: int) -> np.random.Generator:
         return np.random.default_rng((*self._seed, kind, number))
+
+
+def pool_of(memory: int, shard_bytes: int) -> int:
+    """Return how many shards a pool of so much memory has."""
+    return min(max(2, memory // max(1, shard_bytes)), _POOL)

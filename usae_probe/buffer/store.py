@@ -11,16 +11,16 @@ import numpy as np
 from ..errors import SiteError, StageError, UsageError, nearest
 from ..split import SPLITS
 from .batches import batch_rows, read_ahead, steps_per_epoch
-from .manifest import SCHEMA, Manifest, ShardEntry, Skipped
+from .manifest import Manifest, ShardEntry, Skipped
 from .moments import Moments
 from .reader import ColumnReader, Verify, layout_of, problems
 from .rows import BatchDataset, Rows
 from .shard import demand_present
+from .shuffle import pool_of
 from .spec import IMAGE_INDEX, TOKEN_INDEX, SiteSpec, StoredDtype
 
 _FLOAT32 = np.dtype(np.float32)
 MEMORY = 2**30
-_POOL = 64  # shards: more mix no better, and every one is a piece of every batch
 
 
 class ActivationBuffer:
@@ -146,11 +146,6 @@ class ActivationBuffer:
     def split_request(self) -> dict[str, Any]:
         """Limit, holdout, validation and seed that the split was drawn by."""
         return dict(self._manifest.display["split_request"])
-
-    @property
-    def is_of_an_older_version(self) -> bool:
-        """Whether it lacks shards that this version cannot add, because an older one began it."""
-        return self.schema != SCHEMA and not self.complete
 
     @property
     def schema(self) -> int:
@@ -349,11 +344,6 @@ class ActivationBuffer:
         state = "complete" if self.complete else "incomplete"
         size = f"{self.nbytes / 1e6:.1f} MB {self.dtype}"
         return f"ActivationBuffer('{self.path}': {', '.join(self.sites)}; {rows} rows; {size}; {state})"
-
-
-def pool_of(memory: int, shard_bytes: int) -> int:
-    """Return how many shards a pool of so much memory has."""
-    return min(max(2, memory // max(1, shard_bytes)), _POOL)
 
 
 def _known_split(split: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..buffer import ActivationBuffer, BufferSpec, discard_buffer
+from ..buffer import SCHEMA, ActivationBuffer, BufferSpec, discard_buffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, UsaeProbeWarning
 from ..harvesting import HarvestProgress, buffer_spec, harvest
@@ -44,7 +44,8 @@ def _serves(folder: Path, spec: BufferSpec, state: Path | None) -> bool:
     except BufferIntegrityError:
         return False
     used_up = any(entry.dropped for entry in buffer.shards) and not (state and state.exists())
-    return buffer.identity == spec.identity() and not used_up and not buffer.is_of_an_older_version
+    continues = buffer.complete or buffer.schema == SCHEMA  # what an older version began, this one cannot go on with
+    return buffer.identity == spec.identity() and continues and not used_up
 
 
 def train_along(
