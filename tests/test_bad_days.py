@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,15 @@ from .command import Command, command
 from .tiny_run import FACTORY, changed, put_tiny_run, toml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SLOW = FACTORY.replace("nn.Flatten(),", "nn.Flatten(), Slow(),").replace(
+SLOW = FACTORY.replace("nn.Conv2d(3,", "Slow(3,").replace(
     "def build",
     """
 import time
 
-class Slow(nn.Identity):
+class Slow(nn.Conv2d):
     def forward(self, x):
         time.sleep(float(os.environ.get("SLOW", 0)))
-        return x
+        return super().forward(x)
 
 def build""",
 )
@@ -53,8 +54,10 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def started(base: Path, config: str, slow: str = "0.05") -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(base: Path, config: str, slow: str) -> Iterator[subprocess.Popen[str]]:
+    """A run in a process of its own, with `slow` seconds in every forward pass; it is gone when the block ends."""
+    with subprocess.Popen(
         [sys.executable, "-m", "usae_probe", "run", config, "--out", "r"],
         env=os.environ | {"SLOW": slow, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -62,7 +65,11 @@ def started(base: Path, config: str, slow: str = "0.05") -> subprocess.Popen[str
         text=True,
         cwd=base,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
@@ -77,12 +84,12 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("apart", [0.0, 0.05])
 def test_ctrl_c_twice(base: Path, config: str, apart: float) -> None:
     """The second may come while the first is being seen to; the same command goes on, to the same result."""
-    process = started(base, config)
-    wait_for(base / "r/buffer/shard-00009.h5", process)
-    process.send_signal(signal.SIGINT)
-    time.sleep(apart)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with started(base, config, slow="0.02") as process:
+        wait_for(base / "r/buffer/shard-00009.h5", process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(apart)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT), err
     assert ActivationBuffer(base / "r/buffer").verify() == []
     settings = RunConfig.load(base / config)
@@ -148,15 +155,13 @@ def test_a_full_disk(base: Path, full: pytest.MonkeyPatch, config: str) -> None:
 def test_a_second_run_on_the_same_folder_is_refused_by_the_buffer(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = started(base, "c.toml", slow="2")
-    wait_for(base / "r/buffer/shard-00001.h5", process)
-    monkeypatch.chdir(base)
-    run: Command = command(monkeypatch, capsys)
-    refused = run("run", "c.toml", "--out", "r")
-    assert refused.status == 1
-    assert f"is being written by process {process.pid} on" in " ".join(refused.err.split())
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    with started(base, "c.toml", slow="0.4") as process:
+        wait_for(base / "r/buffer/shard-00001.h5", process)
+        monkeypatch.chdir(base)
+        run: Command = command(monkeypatch, capsys)
+        refused = run("run", "c.toml", "--out", "r")
+        assert refused.status == 1
+        assert f"is being written by process {process.pid} on" in " ".join(refused.err.split())
+        assert process.poll() is None
     assert run("harvest", "c.toml", "--out", "r").status == 0
     assert ActivationBuffer(base / "r/buffer").complete

@@ -154,7 +154,6 @@ def along(
             except BaseException as error:  # whatever it is, it is raised where it is waited for
                 ring.end(error)
 
-        # A daemon: a second Ctrl-C is to end the process, not to wait for a batch.
         producer = threading.Thread(target=produce, name="harvest", daemon=True)
         producer.start()
         try:
@@ -162,12 +161,29 @@ def along(
             if not online.plan.drops:
                 producer.join()  # the rest is kept, though this training did not need it
         finally:
-            ring.stop()
-            producer.join()
+            _end(ring, producer)
         if ring.error:
             raise ring.error
         demand_training_rows(writer.close(early=online.plan.drops))
         return done
+
+
+def _end(ring: Ring, producer: threading.Thread) -> None:
+    """Stop the harvest and wait until its batch is done, also when a second Ctrl-C comes; a third one leaves.
+
+    A thread that computes while the interpreter ends takes the process down with a core dump.
+    """
+    interrupted = 0
+    while producer.is_alive() or not ring.stopped:
+        try:
+            ring.stop()
+            producer.join()
+        except KeyboardInterrupt:
+            interrupted += 1
+            if interrupted > 1:
+                raise
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:

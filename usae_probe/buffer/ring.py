@@ -28,7 +28,10 @@ class Ring:
 
     def __init__(self, writer: BufferWriter, capacity: int | None = None) -> None:
         self._writer, self._capacity = writer, capacity
-        self._changed = threading.Condition()
+        # Entered as it is, not through the condition, whose code is Python's: an interrupt raised between taking
+        # the lock and knowing it would leave it taken, and the other thread waiting for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._manifest = writer.manifest
         self._needed_from = 0  # number of the first training shard that the consumer may need again
         self._full = self._stopped = self._ended = self._interrupted = False
@@ -45,7 +48,7 @@ class Ring:
         """Wait until a shard fits, and drop what has been used until it does; False when no more is wanted."""
         wanted = shard_bytes(self._writer.spec, len(plan.images))
         while not self._stopped:
-            with self._changed:
+            with self._lock:
                 entries = self._manifest.present
                 over = 0 if self._capacity is None else sum(entry.size for entry in entries) + wanted - self._capacity
                 drop = _oldest(self._manifest, self._needed_from, over)
@@ -64,13 +67,13 @@ class Ring:
         self._tell(self._writer.manifest)
 
     def _tell(self, manifest: Manifest) -> None:
-        with self._changed:
+        with self._lock:
             self._manifest = manifest
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
         """Let the consumer know that no shard will come any more, and why if it is not because all are there."""
-        with self._changed:
+        with self._lock:
             self._ended, self.error = True, error
             self._changed.notify_all()
 
@@ -90,7 +93,7 @@ class Ring:
         """
         asked_at = -1
         while True:
-            with self._changed:
+            with self._lock:
                 if len(self._manifest.entries("train")) >= shards:
                     return self._manifest
                 if self.error:
@@ -113,27 +116,27 @@ class Ring:
 
     def release(self, shard: int) -> None:
         """Say that training shards before this one are not needed any more."""
-        with self._changed:
+        with self._lock:
             if shard > self._needed_from:
                 self._needed_from, self._full = shard, False  # the producer looks again, and says so if it still is
                 self._changed.notify_all()
 
     def is_short(self, shard: int) -> bool:
         """Say whether the producer waits, and releasing what comes before this shard would let it do an eighth more."""
-        with self._changed:
+        with self._lock:
             present = sum(not entry.dropped for entry in self._manifest.entries("train"))
             return self._full and shard - self._needed_from >= max(1, present // 8)
 
     def interrupt(self) -> None:
         """Wake the consumer to end it; may be called by a signal's handler in the consumer's own thread."""
-        with self._changed:
+        with self._lock:
             self._interrupted = True
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Say that no more shards are wanted."""
-        with self._changed:
-            self._stopped = True
+        self._stopped = True
+        with self._lock:
             self._changed.notify_all()
 
 
