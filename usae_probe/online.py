@@ -155,35 +155,25 @@ def along(
                 ring.end(error)
 
         producer = threading.Thread(target=produce, name="harvest", daemon=True)
-        producer.start()
         try:
+            producer.start()
             done = trained(OnlineBuffer(ring, writer.path, online.plan, verify=store.verify))
             if not online.plan.drops:
-                producer.join()  # the rest is kept, though this training did not need it
+                ring.wait_for_end(producer)  # the rest is kept, though this training did not need it
         finally:
-            _end(ring, producer)
+            # A thread that computes while the interpreter ends takes the process down with a core dump: a second Ctrl-C
+            # waits for its batch too, a third one leaves. Not in a function: it could be interrupted on entering that.
+            try:
+                ring.stop()
+                ring.wait_for_end(producer)
+            except KeyboardInterrupt:
+                ring.stop()
+                ring.wait_for_end(producer)
+                raise
         if ring.error:
             raise ring.error
         demand_training_rows(writer.close(early=online.plan.drops))
         return done
-
-
-def _end(ring: Ring, producer: threading.Thread) -> None:
-    """Stop the harvest and wait until its batch is done, also when a second Ctrl-C comes; a third one leaves.
-
-    A thread that computes while the interpreter ends takes the process down with a core dump.
-    """
-    interrupted = 0
-    while producer.is_alive() or not ring.stopped:
-        try:
-            ring.stop()
-            producer.join()
-        except KeyboardInterrupt:
-            interrupted += 1
-            if interrupted > 1:
-                raise
-    if interrupted:
-        raise KeyboardInterrupt
 
 
 def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,16 @@ class Ring:
             self._interrupted = True
             self._changed.notify_all()
 
+    def wait_for_end(self, producer: threading.Thread) -> None:
+        """Wait until the producer has called `end`, if its thread was started.
+
+        Unlike `Thread.join` it can be interrupted and called again: in Python 3.11 a join after an interrupted one
+        returns at once, with the thread still at work.
+        """
+        with self._lock:
+            while producer.ident is not None and not self._ended:
+                self._changed.wait()
+
     def stop(self) -> None:
         """Say that no more shards are wanted."""
         self._stopped = True
