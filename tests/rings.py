@@ -6,7 +6,6 @@ Run as a script it does such a training in a folder, and goes on where an earlie
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from usae_probe.buffer import BufferSpec, BufferWriter, OnlineBuffer, OnlinePlan, OpenShard, Ring, SiteSpec
 from usae_probe.config import BufferConfig, TrainConfig, UsaeConfig
-from usae_probe.online import plan_online
+from usae_probe.online import along, plan_online
 from usae_probe.split import draw_split
 from usae_probe.usae import USAE, StepRecord, TrainResult, train
 
@@ -101,44 +100,27 @@ def train_along(
     online = plan_online(spec or ring_spec(), store, SHAPE, how)
     seen = Along()
     seen.plan, seen.steps = online.plan, online.train.n_steps(online.plan.rows // how.batch_size)
-    with BufferWriter(folder / "buffer", online.spec) as writer:
-        ring = Ring(writer, store.capacity)
 
-        def produce() -> None:
-            try:
-                for plan in writer.pending():
-                    began, cpu = time.perf_counter(), time.thread_time()
-                    if not ring.make_room(plan):
-                        return
-                    seen.stalls[0] += time.perf_counter() - began
-                    seen.stalls[1] += time.thread_time() - cpu
-                    time.sleep(slow_writer() if callable(slow_writer) else slow_writer)
-                    if plan.index == fails_at:
-                        raise ValueError("the writer fails")
-                    with writer.shard(plan) as shard:
-                        _fill(shard, plan.images, online.spec, skip)
-                    seen.sizes.append(sum(file.stat().st_size for file in writer.path.glob("shard-*")))
-                    ring.sealed()
-                ring.end()
-            except BaseException as error:
-                ring.end(error)
+    def filled(writer: BufferWriter, ring: Ring) -> None:
+        for plan in writer.pending():
+            began, cpu = time.perf_counter(), time.thread_time()
+            if not ring.make_room(plan):
+                return
+            seen.stalls[0] += time.perf_counter() - began
+            seen.stalls[1] += time.thread_time() - cpu
+            time.sleep(slow_writer() if callable(slow_writer) else slow_writer)
+            if plan.index == fails_at:
+                raise ValueError("the writer fails")
+            with writer.shard(plan) as shard:
+                _fill(shard, plan.images, online.spec, skip)
+            seen.sizes.append(sum(file.stat().st_size for file in writer.path.glob("shard-*")))
+            ring.sealed()
 
-        thread = threading.Thread(target=produce)
-        thread.start()
-        try:
-            seen.done = train(
-                OnlineBuffer(ring, writer.path, online.plan),
-                usae_config=SHAPE,
-                train_config=online.train,
-                resume=folder / STATE if resume else None,
-                progress=progress,
-            )
-        finally:
-            ring.stop()
-            thread.join()
-        if ring.error:
-            raise ring.error
-        writer.close(early=True)
+    def trained(buffer: OnlineBuffer) -> TrainResult:
+        state = folder / STATE if resume else None
+        return train(buffer, usae_config=SHAPE, train_config=online.train, resume=state, progress=progress)
+
+    seen.done = along(folder / "buffer", online, store, filled, trained)
     return seen
 
 

@@ -122,34 +122,37 @@ def harvest_and_train(
     def trained(buffer: OnlineBuffer) -> TrainResult:
         return train(buffer, usae_config=shape, train_config=online.train, progress=progress, resume=resume)
 
-    return along(models, source, out, pictures, store, online, trained, harvest_progress)
+    def filled(writer: BufferWriter, ring: Ring) -> None:
+        fill(writer, models, source, pictures, progress=harvest_progress, ring=ring)
+
+    return along(out, online, store, filled, trained, describe=source.describe)
 
 
 def along(
-    models: Sequence[HookedModel],
-    source: ImageSource,
     out: str | Path,
-    pictures: ImagesConfig,
-    store: BufferConfig,
     online: Online,
+    store: BufferConfig,
+    filled: Callable[[BufferWriter, Ring], None],
     trained: Callable[[OnlineBuffer], TrainResult],
-    progress: Callable[[HarvestProgress], None] | None = None,
+    *,
+    describe: Callable[[int], str] | None = None,
 ) -> TrainResult:
-    """Harvest in a thread of its own while `trained` trains in this one; returns what that returns.
+    """Write a buffer in a thread of its own while `trained` trains in this one; returns what that returns.
 
     Args:
-        models, source, out, pictures: what is harvested, and where to.
-        store: `capacity` and `verify`.
-        online: the plan, of the same settings.
-        trained: does the training; the harvest is stopped when it raises.
-        progress: called after every batch, in the harvest's thread.
+        out: the buffer's folder.
+        online: the plan.
+        store: `capacity` and `verify`, of the settings that the plan was made of.
+        filled: writes the shards that the writer lacks, in the thread: asks the ring for room and tells it of each.
+        trained: does the training; the writing is stopped when it raises.
+        describe: name of an image by its index, for error messages.
     """
-    with BufferWriter(out, online.spec, describe=source.describe) as writer:
+    with BufferWriter(out, online.spec, describe=describe) as writer:
         ring = Ring(writer, store.capacity)
 
         def produce() -> None:
             try:
-                fill(writer, models, source, pictures, progress=progress, ring=ring)
+                filled(writer, ring)
                 ring.end()
             except BaseException as error:  # whatever it is, it is raised where it is waited for
                 ring.end(error)

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.planted import SITES, World, found, planted_rows, planted_world
 from usae_probe.buffer import ActivationBuffer, BufferSpec, BufferWriter, OnlineBuffer, Ring, SiteSpec
 from usae_probe.config import BufferConfig, TrainConfig, UsaeConfig
-from usae_probe.online import plan_online
+from usae_probe.online import along, plan_online
 from usae_probe.probes import evaluate
 from usae_probe.split import draw_split
 from usae_probe.usae import TrainResult, train
@@ -60,26 +59,13 @@ def fill(writer: BufferWriter, world: World, ring: Ring | None = None) -> None:
 def by_ring(folder: Path, world: World, spec: BufferSpec, store: BufferConfig, how: TrainConfig) -> TrainResult:
     """Train along."""
     online = plan_online(spec, store, SHAPE, how)
-    with BufferWriter(folder / "ring", online.spec) as writer:
-        ring = Ring(writer, store.capacity)
 
-        def produce() -> None:
-            try:
-                fill(writer, world, ring)
-                ring.end()
-            except BaseException as error:
-                ring.end(error)
+    def trained(buffer: OnlineBuffer) -> TrainResult:
+        return train(buffer, usae_config=SHAPE, train_config=online.train, resume=folder / "state")
 
-        thread = threading.Thread(target=produce)
-        thread.start()
-        try:
-            buffer = OnlineBuffer(ring, writer.path, online.plan)
-            return train(buffer, usae_config=SHAPE, train_config=online.train, resume=folder / "state")
-        finally:
-            ring.stop()
-            thread.join()
-            writer.close(early=True)
-            (folder / "state").unlink(missing_ok=True)
+    done = along(folder / "ring", online, store, lambda writer, ring: fill(writer, world, ring), trained)
+    (folder / "state").unlink(missing_ok=True)
+    return done
 
 
 def measured(done: TrainResult, world: World, buffer: ActivationBuffer, seconds: float) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class BufferWriter:
         self._lock: WriterLock | None = None
         with self._released_on_error():
             self._manifest = self._resume() if (self.path / MANIFEST).exists() else self._create()
-        left = [plan for plan in self._plans if plan.index not in self._sealed]
-        self._due = left[rank::size]
+        self._due = self._plans
+        self._due = self.pending()[rank::size]
         sealed = sum(entry.n_planned for entry in self._manifest.shards)
         self.n_images = sealed + sum(len(plan.images) for plan in self._due)
 
@@ -177,11 +177,8 @@ class BufferWriter:
 
     def pending(self) -> list[ShardPlan]:
         """The shards that are not sealed yet and this process's to write, in the order in which they are written."""
-        return [plan for plan in self._due if plan.index not in self._sealed]
-
-    @property
-    def _sealed(self) -> set[int]:
-        return {entry.index for entry in (*self._manifest.shards, *self._own)}
+        sealed = {entry.index for entry in (*self._manifest.shards, *self._own)}
+        return [plan for plan in self._due if plan.index not in sealed]
 
     @contextmanager
     def shard(self, plan: ShardPlan) -> Iterator[OpenShard]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..buffer import SCHEMA, ActivationBuffer, BufferSpec, discard_buffer
+from ..buffer import SCHEMA, ActivationBuffer, BufferSpec, BufferWriter, Ring, discard_buffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, UsaeProbeWarning
-from ..harvesting import HarvestProgress, buffer_spec, harvest
+from ..harvesting import HarvestProgress, buffer_spec, fill, harvest
 from ..hooks import HookedModel
 from ..images import ImageSource, open_source
 from ..online import along, plan_online
@@ -71,15 +71,17 @@ def train_along(
     online = plan_online(spec, config.buffer, config.usae, config.train)
     discard_other_buffer(folder / "buffer", online.spec, state=folder / STATE)
     settled = config.model_copy(update={"train": online.train})
+
+    def filled(writer: BufferWriter, ring: Ring) -> None:
+        fill(writer, models, source, config.images, progress=harvested, ring=ring)
+
     return along(
-        models,
-        source,
         folder / "buffer",
-        config.images,
-        config.buffer,
         online,
+        config.buffer,
+        filled,
         lambda buffer: train_in(folder, settled, buffer, trained),
-        harvested,
+        describe=source.describe,
     )
 
 
