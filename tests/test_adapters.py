@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from contextlib import ExitStack
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import usae_probe.adapter as adapter_module
 from usae_probe import HookedModel, Preprocessing, attach
 from usae_probe.adapter import LoadedModel, ModelSpec, installed_adapters, load_adapter
+from usae_probe.config import RunConfig
 from usae_probe.errors import (
     AdapterError,
     CheckpointError,
@@ -27,6 +29,7 @@ from usae_probe.errors import (
     UsaeProbeWarning,
     UsageError,
 )
+from usae_probe.pipeline.models import attach_all
 
 UNIT: dict[str, Any] = {"image_size": 8, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 FACTORY = """
@@ -172,6 +175,38 @@ def test_untrained_timm_models_are_reproducible_and_leave_the_random_state() -> 
     assert first.weights_hash == second.weights_hash
     assert (first.name, second.name) == ("test_resnet", "other")
     assert not any(part.training for part in first.module.modules())
+
+
+def test_untrained_models_of_another_seed_are_others(factory: Path) -> None:
+    def loaded(model: str, **settings: Any) -> dict[str, Tensor]:
+        return weights(attach(model, pretrained=False, base=factory.parent, **(UNIT | settings)))
+
+    for model, size in (("timm:test_resnet", 32), ("module:my_models.py:build", 8)):
+        first, again, other = (loaded(model, seed=seed, image_size=size) for seed in (1, 1, 2))
+        assert same(first, again)
+        drawn = [name for name, value in first.items() if value.unique().numel() > 1]
+        assert drawn
+        assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert same(loaded("timm:test_resnet", image_size=32), loaded("timm:test_resnet", seed=0, image_size=32))
+
+
+def test_the_seed_of_a_config_reaches_the_weights() -> None:
+    model = {"name": "test_resnet", "pretrained": False, "layers": ["layer4"], "image_size": 32}
+    tables = {"models": {"a": model, "b": model | {"seed": 1}}, "images": {"source": "photos"}}
+    config = RunConfig.from_dict(tables, base=Path())
+    with ExitStack() as closing:
+        a, b = attach_all(config, closing)
+        assert same(weights(a), weights(attach("timm:test_resnet", pretrained=False, image_size=32)))
+        assert same(weights(b), weights(attach("timm:test_resnet", pretrained=False, image_size=32, seed=1)))
+        assert a.weights_hash != b.weights_hash
+    with pytest.raises(ConfigError, match="seed"):
+        RunConfig.from_dict(tables | {"models": {"a": model | {"seed": -1}}}, base=Path())
+
+
+def test_a_live_module_has_its_weights() -> None:
+    with pytest.raises(UsageError, match="options and seed are for models given by name") as caught:
+        attach(nn.Linear(2, 2), seed=1)
+    assert "draw them, before attaching" in caught.value.hint
 
 
 def test_timm_preprocessing_is_the_models_own_where_nothing_is_given() -> None:

@@ -473,7 +473,7 @@ class TestSeveralRowsPerImage:
         known = [Annotation("x", np.arange(900) % 3, ["a", "b", "c"])]
         reports = []
         for size in (1024, 7):  # the package's attribute of that name is the function
-            monkeypatch.setattr(importlib.import_module("usae_probe.probes.evaluate"), "CHUNK_ROWS", size)
+            monkeypatch.setattr(importlib.import_module("usae_probe.probes.rows"), "CHUNK_ROWS", size)
             reports.append(evaluate(usae, buffer, annotations=known))
         assert reports[0].counts == reports[1].counts
         for one, same in zip(reports[0].latents, reports[1].latents, strict=True):

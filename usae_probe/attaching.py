@@ -37,6 +37,7 @@ def attach(
     preprocess: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None,
     forward_args: Callable[[torch.Tensor], Any] | None = None,
     pretrained: bool = True,
+    seed: int = 0,
     checkpoint: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -64,6 +65,8 @@ def attach(
         forward_args: from a batch of model input to what the model is called with: a dict of keyword arguments, a
             tuple of positional ones, or one argument; default: the batch.
         pretrained, checkpoint, options: see `ModelSpec`; for named models only.
+        seed: of weights that are drawn at random (`pretrained=False`); for named models only: a live module has its
+            weights, and `usae_probe.untrained.reinitialise` draws them anew.
         image_size, mean, std, interpolation, crop_pct: preprocessing; default: the model's own, as the adapter knows.
         device: `auto` is CUDA if there is one; default: `auto` for named models, where it is for live ones.
         dtype: dtype of the forward pass; default: float32 for named models, as it is for live ones.
@@ -84,10 +87,10 @@ def attach(
     if transform is not None and preprocess is not None:
         raise UsageError("transform and preprocess are both given", hint="one of them makes the model's input")
     if isinstance(target, nn.Module):
-        if adapter is not None or checkpoint is not None or options:
+        if adapter is not None or checkpoint is not None or options or seed:
             raise UsageError(
-                "adapter, checkpoint and options are for models given by name, but a live module was given",
-                hint="load weights into the module before attaching to it",
+                "adapter, checkpoint, options and seed are for models given by name, but a live module was given",
+                hint="load weights into the module, or draw them, before attaching to it",
             )
         target = _unwrapped(target)
         loaded = _adopt(target)
@@ -98,7 +101,7 @@ def attach(
         path = None if checkpoint is None else (base or Path.cwd()) / Path(checkpoint).expanduser()
         spec = ModelSpec(bare, pretrained and path is None, path, dict(options or {}), base or Path.cwd())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # untrained networks are the same each time, so that a run can be resumed
+            torch.manual_seed(seed)  # untrained networks are the same each time, so that a run can be resumed
             loaded = load_adapter(which).load(spec)
         name = name or _default_name(bare)
         placed = _placed(loaded.module.eval(), device or "auto", dtype or "float32")

@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from usae_probe.buffer import ActivationBuffer
 from usae_probe.config import TrainConfig, UsaeConfig, settled
 from usae_probe.files import json_sha256
 from usae_probe.probes import evaluate
+from usae_probe.probes.linear import linear_reference
 from usae_probe.usae import USAE, train
 from usae_probe.usae.independent import encoder_updates, one_site
 
@@ -60,7 +61,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "published, 5,000 steps of 256, lr 1e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 1e-3},
     "published, 5,000 steps of 256, lr 3e-3": {"recipe": "published", "steps": 5000, "batch_size": 256, "lr": 3e-3},
 }
-FOLDS = 5
 
 
 class Job(NamedTuple):
@@ -107,26 +107,6 @@ def measured(job: Job) -> dict[str, Any]:
     return about | {"r2": report.r2, "r2_train": report.r2_train, "counts": report.counts, "split": report.n_split}
 
 
-def linear(buffer: ActivationBuffer, sites: Sequence[str], split: str) -> dict[str, dict[str, float]]:
-    """Return R² of ridge regression between each two sites."""
-    train_rows, rows = (_rows(buffer, name, sites) for name in ("train", split))
-    fold = np.random.default_rng(0).integers(FOLDS, size=buffer.n_rows("train"))
-    found: dict[str, dict[str, float]] = {source: {} for source in sites}
-    for source in sites:
-        x = train_rows[source]
-        lambdas = np.logspace(-5, 1, 19) * len(x) * x.var(0).mean()
-        for target in (site for site in sites if site != source):
-            y = train_rows[target]
-            sse = np.zeros(len(lambdas))
-            for part in range(FOLDS):
-                predictions = _ridge(x[fold != part], y[fold != part], x[fold == part], lambdas)
-                sse += [np.square(y[fold == part] - guess).sum() for guess in predictions]
-            (guess,) = _ridge(x, y, rows[source], lambdas[[sse.argmin()]])
-            left, total = np.square(rows[target] - guess).sum(), np.square(rows[target] - rows[target].mean(0)).sum()
-            found[source][target] = float(1 - left / total)
-    return found
-
-
 def redrawn(buffer: ActivationBuffer, sites: Sequence[str], out: Path, seed: int) -> Path:
     """Make a buffer of the same rows under another draw of the split."""
     parts = [_rows(buffer, split, sites) for split in ("train", "validation", "holdout")]
@@ -137,14 +117,6 @@ def redrawn(buffer: ActivationBuffer, sites: Sequence[str], out: Path, seed: int
 def _rows(buffer: ActivationBuffer, split: Any, sites: Sequence[str]) -> dict[str, np.ndarray]:
     found = buffer.gather(split, np.arange(buffer.n_rows(split)), list(sites)).values
     return {site: found[site].astype(np.float64) for site in sites}
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray, lambdas: np.ndarray) -> Iterator[np.ndarray]:
-    centre, mean = x.mean(0), y.mean(0)
-    values, vectors = np.linalg.eigh((x - centre).T @ (x - centre))
-    along, rows = vectors.T @ ((x - centre).T @ (y - mean)), (new - centre) @ vectors
-    for penalty in lambdas:
-        yield rows @ (along / (values + penalty)[:, None]) + mean
 
 
 def over_seeds(cells: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> list[dict[str, Any]]:
@@ -196,7 +168,9 @@ def main() -> None:
     document |= {"seeds": args.seeds, "redraw": args.redraw, "buffers": []}
     for path in buffers:
         of_buffer = [cell for cell in cells if cell["buffer"] == path.name]
-        found = {"linear": linear(ActivationBuffer(path), args.sites, args.split)}
+        buffer = ActivationBuffer(path)
+        r2 = linear_reference(buffer, args.sites, split=args.split, train_rows=buffer.n_rows("train")).r2
+        found = {"linear": {s: {t: r2[s][t] for t in args.sites if t != s} for s in args.sites}}
         document["buffers"].append({"buffer": path.name, **found, "recipes": over_seeds(of_buffer, args.sites)})
     print(json.dumps(document, indent=2))
 

@@ -1,5 +1,6 @@
 """Row-paired activations of several sites on disk: sealed HDF5 shards plus a manifest. Imports no torch."""
 
+from .joined import JoinedBuffer
 from .manifest import SCHEMA, Skipped
 from .moments import Moments
 from .online import OnlineBuffer, OnlinePlan
@@ -17,6 +18,7 @@ __all__ = [
     "BatchDataset",
     "BufferSpec",
     "BufferWriter",
+    "JoinedBuffer",
     "Moments",
     "OnlineBuffer",
     "OnlinePlan",

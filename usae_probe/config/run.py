@@ -58,6 +58,15 @@ class RunConfig(Table):
         check_used(self.train.changed, self.usae.sparsity)
         return self
 
+    @model_validator(mode="after")
+    def _controls_have_rows(self) -> RunConfig:
+        if self.probes.controls and self.buffer.mode == "ring":
+            raise ValueError(
+                "probes.controls trains again from rows that buffer.mode = 'ring' drops: set mode = 'store', "
+                "with online = true if training is to go along with the harvest"
+            )
+        return self
+
     @property
     def base(self) -> Path:
         """The folder that relative paths start from: the config file's own."""

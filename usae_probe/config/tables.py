@@ -35,6 +35,7 @@ class ModelConfig(Table):
         description="axes of layers, by name or glob, where they are not found: {'blocks.*' = 'cls+4+tokens'}",
     )
     pretrained: bool = Field(True, description="load the adapter's own weights (not used when checkpoint is given)")
+    seed: int = Field(0, ge=0, description="seed of weights that are drawn at random (pretrained = false)")
     checkpoint: str | None = Field(None, description="local weights, .safetensors or .pth")
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the adapter's factory")
     image_size: int | tuple[int, int] | None = Field(None, description="pixels; default: the model's own")
@@ -190,8 +191,8 @@ class TrainConfig(Table):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="factors of the encoder product; bf16 decides which latents are active, not their values"
     )
-    pairing: Literal["image", "shuffled"] = Field(
-        "image", description="shuffled: rows of different sites paired at random, the mispaired control"
+    pairing: Literal["image", "label", "shuffled"] = Field(
+        "image", description="controls: rows of different sites paired at random, or so among those with equal labels"
     )
     log_every: int = Field(10, ge=1, description="steps between records of history.jsonl")
     validate_every: int = Field(100, ge=0, description="steps between R² on validation rows; 0: only at the end")
@@ -268,7 +269,21 @@ class ProbesConfig(Table):
     split_cosine: float = Field(0.9, gt=0, le=1, description="cosine of decoder rows that marks split latents")
     train_rows: int = Field(20_000, ge=1, description="training rows that the training R² is computed on, at most")
     auroc: float = Field(0.9, ge=0.5, le=1, description="AUROC in every model with which a latent follows a label")
-    seed: int = Field(0, ge=0, description="seed of the row per image that co-firing is tested on (@patch, @all)")
+    seed: int = Field(0, ge=0, description="seed of drawn rows (@patch, @all), nulls, resamples and images")
+    nulls: int = Field(20, ge=0, description="pairings of held-out images at random that everything stands beside")
+    bootstrap: int = Field(1000, ge=0, description="resamples of images behind the intervals; 0: none")
+    within: str | None = Field(
+        None, description="label within which images are exchanged, too; default: the first there is"
+    )
+    linear: bool = Field(True, description="ridge regression between sites, the reference of cross-R²")
+    similarity_images: int = Field(4096, ge=0, description="held-out images for CKA and mutual k-NN; 0: none")
+    neighbours: int = Field(10, ge=1, description="k of mutual k-NN")
+    fidelity_images: int = Field(256, ge=0, description="held-out images for splicing into the live models; 0: none")
+    fidelity_latents: int = Field(16, ge=0, description="universal latents that are ablated in all models")
+    controls: bool = Field(
+        False, description="train what the figures are to be believed by: controls, independent SAEs, other seeds"
+    )
+    seeds: int = Field(3, ge=1, description="trainings, this one included, behind ranges over seeds (with controls)")
 
 
 class CamConfig(Table):

@@ -17,6 +17,7 @@ from ..online import along, plan_online
 from ..usae import StepRecord, TrainResult
 from ..world import World
 from .models import attach_all
+from .source import labels_of
 from .training import STATE, train_in
 
 
@@ -80,7 +81,7 @@ def train_along(
         online,
         config.buffer,
         filled,
-        lambda buffer: train_in(folder, settled, buffer, trained),
+        lambda buffer: train_in(folder, settled, buffer, trained, labels=labels_of(settled)),
         describe=source.describe,
     )
 

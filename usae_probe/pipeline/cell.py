@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..buffer import ActivationBuffer
+from ..buffer import ActivationBuffer, JoinedBuffer
 from ..errors import UsaeProbeError
-from ..files import sha256, write_json
+from ..files import json_sha256, sha256, write_json
 from ..probes import evaluate
 from ..split import SplitName
 from ..usae import TrainResult
@@ -66,7 +66,8 @@ class Cell(Run):
     ) -> None:
         super().__init__(combination.config, folder, progress=progress)
         self.combination, self._activations = combination, buffer
-        self._record.adopt("harvest", sha256(buffer.path / "manifest.json"))
+        joined = isinstance(buffer, JoinedBuffer)
+        self._record.adopt("harvest", json_sha256(buffer.identity) if joined else sha256(buffer.path / "manifest.json"))
 
     def buffer(self) -> ActivationBuffer:
         """Return the sweep's buffer."""
@@ -97,7 +98,8 @@ class Cell(Run):
                 config=self.config.probes,
                 progress=lambda done, total: self._progress(Progress("evaluate", done, total, "rows")),
             )
-            metrics = report.to_dict() | {"made_from": made_from}
+            universal = [record.latent for record in report.universal]
+            metrics = report.to_dict() | {"universal_latents": universal, "made_from": made_from}
             write_json(path, metrics)
         return CellResult(
             self.combination,

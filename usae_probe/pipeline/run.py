@@ -14,20 +14,19 @@ from ..attaching import check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsError, StageError, UsaeProbeWarning
-from ..files import write_text
 from ..harvesting import HarvestProgress, buffer_spec, harvest
 from ..hooks import HookedModel
-from ..images import annotations_of, open_source
-from ..probes import UniversalityReport, evaluate, one_site_per_model
-from ..report import figures
+from ..images import open_source
+from ..probes import UniversalityReport, one_site_per_model
 from ..split import SPLITS
-from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, read_history, warn_without_bottleneck
+from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, warn_without_bottleneck
 from .buffers import discard_other_buffer, train_along
+from .measuring import measure
 from .models import attach_all
 from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
-from .source import demand_same_images, same_source
+from .source import demand_same_images, labels_of
 from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
 from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
 
@@ -201,9 +200,12 @@ class Run:
                 world=self._world,
             )
 
+    def _attached(self, closing: ExitStack) -> list[HookedModel]:
+        return attach_all(self.config, closing, self._world)
+
     def _checked_models(self, closing: ExitStack) -> list[HookedModel]:
         """Attach to all models, and check what can be known of their sites before the first image is looked at."""
-        models = attach_all(self.config, closing, self._world)
+        models = self._attached(closing)
         d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
         warn_without_bottleneck(d_in, self.config.usae.k, self.config.usae.sparsity)
         one_site_per_model(list(d_in), self.config.probes.sites)
@@ -222,7 +224,8 @@ class Run:
         if self.config.buffer.trains_along:
             done = self._train_along()
         else:
-            done = train_in(self.folder, self.config, self.buffer(), self._trained, self._world)
+            labels = labels_of(self.config)
+            done = train_in(self.folder, self.config, self.buffer(), self._trained, self._world, labels)
         kernel = kernel_of(done)
         return StageEnd(self._train_note(done, kernel), {"kernel": kernel} if kernel else {})
 
@@ -241,22 +244,9 @@ class Run:
         return "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
 
     def _evaluate(self) -> None:
-        buffer = self.buffer()
-        source = same_source(self.config, buffer)
-        report = evaluate(
-            self.usae(),
-            buffer,
-            config=self.config.probes,
-            annotations=annotations_of(source) if source else (),
-            progress=lambda done, total: self._progress(Progress("evaluate", done, total, "rows")),
+        self._report = measure(
+            self.config, self.folder, self.usae(), self.buffer(), attached=self._attached, progress=self._progress
         )
-        write_text(self.folder / "metrics.json", report.to_json() + "\n")
-        write_text(self.folder / "latents.csv", report.to_csv())
-        folder = self.folder / "figures"
-        folder.mkdir(exist_ok=True)
-        figures.r2_matrix(report, folder / "r2.png")
-        figures.training_curves(list(read_history(self.folder / "history.jsonl")), folder / "training.png")
-        self._report = report
 
     def overview(self, result: RunResult) -> dict[str, Any]:
         """Return what an evaluated run compared, for its summary: models with their sites, images, sizes, pictures."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
+
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferMismatchError, ImageError, UsaeProbeWarning
-from ..images import ImageSource, open_source
+from ..images import ImageSource, annotations_of, open_source
+from ..probes import label_within
 
 
 def demand_same_images(source: ImageSource, buffer: ActivationBuffer) -> None:
@@ -39,3 +42,11 @@ def same_source(config: RunConfig, buffer: ActivationBuffer) -> ImageSource | No
         return None
     demand_same_images(source, buffer)
     return source
+
+
+def labels_of(config: RunConfig) -> np.ndarray | None:
+    """Return the label of every image that training pairs rows by; None where it does not, or where there is none."""
+    if config.train.pairing != "label":
+        return None
+    found = label_within(annotations_of(open_source(config.image_path)), config.probes.within)
+    return None if found is None else found.values

@@ -69,6 +69,8 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
         for key in _ALONG:
             del whole["buffer"][key]
     keys: dict[str, Any] = dict(_flatten({table: whole[table] for table in tables}))
+    if "train" in tables and config.train.pairing == "label":
+        keys["probes.within"] = config.probes.within
     # The same keys with other pictures behind them, say.
     return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}
 

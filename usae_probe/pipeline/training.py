@@ -8,10 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import UsaeProbeWarning
 from ..usae import HistoryFile, StepRecord, TensorBoardCallback, TrainResult, World, train
+from .source import labels_of
 
 STATE = "training-state.safetensors"
 
@@ -27,6 +30,7 @@ def train_in(
     buffer: ActivationBuffer,
     progress: Callable[[StepRecord], None],
     world: World | None = None,
+    labels: np.ndarray | None = None,
 ) -> TrainResult:
     """Train, and save the weights that the run keeps; an earlier training that was stopped goes on.
 
@@ -36,6 +40,7 @@ def train_in(
         buffer: the activations.
         progress: called with every step's record, once it is in the history.
         world: the processes that train together, of which this is process 0; the others are in `help_train`.
+        labels: of all images, for `pairing = "label"`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, world = folder / STATE, world or World()
@@ -53,7 +58,13 @@ def train_in(
 
         world.tell("train")
         done = train(
-            buffer, usae_config=config.usae, train_config=config.train, progress=follow, resume=state, world=world
+            buffer,
+            usae_config=config.usae,
+            train_config=config.train,
+            progress=follow,
+            resume=state,
+            world=world,
+            labels=labels,
         )
     _save(done, folder)
     state.unlink(missing_ok=True)
@@ -77,6 +88,7 @@ def help_train(folder: Path, config: RunConfig, world: World) -> None:
                 train_config=config.train.model_copy(update={"tensorboard": False}),
                 resume=folder / STATE,
                 world=world,
+                labels=labels_of(config),
             )
 
 

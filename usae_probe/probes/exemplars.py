@@ -12,7 +12,7 @@ from ..buffer import ActivationBuffer
 from ..errors import UsageError
 from ..split import SPLITS, SplitName
 from ..usae import USAE, Codes
-from .evaluate import CHUNK_ROWS, RowProgress, check_sites, one_site_per_model
+from .rows import CHUNK_ROWS, RowProgress, check_sites, one_site_per_model
 
 
 class Exemplar(NamedTuple):

@@ -15,14 +15,22 @@ from .universality import Category
 class PairRecord(NamedTuple):
     """Co-firing of one latent in one pair of sites; see `CoFiring`. q is over the latents firing in both.
 
-    Over rows, but p and q: where images have several rows, those are of one drawn row per image.
+    Over rows, but p and q: where images have several rows, those are of one drawn row per image, and q is of the larger
+    of p and p_place.
     """
 
     cofires: int
+    share_a: float
+    share_b: float
     jaccard: float
     lift: float
     phi: float
+    phi_low: float
+    phi_high: float
+    correlation: float
     p: float
+    phi_place: float
+    p_place: float
     q: float
 
 
@@ -34,6 +42,7 @@ class LatentRecord:
         latent: its number.
         category: its class.
         split: marked as one of two one-model latents with equal decoder rows.
+        positional: co-fires because it fires at certain places of any image.
         fires_in: class sites it counts as firing in.
         entropy: firing entropy over the class sites; NaN when it never fires there.
         q: of the universality test (maximum p over pairs).
@@ -46,6 +55,7 @@ class LatentRecord:
     latent: int
     category: Category
     split: bool
+    positional: bool
     fires_in: tuple[str, ...]
     entropy: float
     q: float
@@ -68,6 +78,11 @@ class LatentRecord:
         """The smallest φ over the pairs of class sites; NaN without a pair."""
         return min((pair.phi for pair in self.pairs.values()), default=math.nan)
 
+    @property
+    def correlation(self) -> float:
+        """The smallest correlation of the codes over the pairs of class sites; NaN without a pair."""
+        return min((pair.correlation for pair in self.pairs.values()), default=math.nan)
+
     def to_dict(self, class_sites: Sequence[str]) -> dict[str, Any]:
         """Return what `metrics.json` says about it; what is not a number there is null."""
         return {
@@ -76,6 +91,7 @@ class LatentRecord:
             "rate": {site: self.rate[site] for site in class_sites},
             "entropy": finite(self.entropy),
             "phi": finite(self.phi),
+            "correlation": finite(self.correlation),
             "total_energy": finite(self.total_energy),
             "follows": self.follows._asdict() if self.follows else None,
         }
@@ -86,6 +102,7 @@ class LatentRecord:
             "latent": self.latent,
             "category": self.category,
             "split": int(self.split),
+            "positional": int(self.positional),
             "fires_in": " ".join(self.fires_in),
             "entropy": _cell(self.entropy),
             "q": _cell(self.q),
@@ -98,12 +115,18 @@ class LatentRecord:
         follows = self.follows
         row["follows"] = f"{follows.factor}={follows.value}" if follows else ""
         row |= {f"auroc[{site}]": _cell(follows.auroc[site]) if follows else "" for site in class_sites}
+        row |= {f"purity[{site}]": _optional(follows.purity[site]) if follows else "" for site in class_sites}
+        row |= {f"best[{site}]": follows.best.get(site, "") if follows else "" for site in class_sites}
         return row
 
 
 def finite(value: float) -> float | None:
     """Return the number, or None where JSON has none for it."""
     return value if math.isfinite(value) else None
+
+
+def _optional(value: float | None) -> str | int:
+    return "" if value is None else _cell(value)
 
 
 def _cell(value: float | int) -> str | int:

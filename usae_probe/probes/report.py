@@ -5,21 +5,47 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..split import SplitName
 from ..usae import Matrix
+from .controls import Controls
+from .fidelity import Fidelity
+from .intervals import Interval
+from .linear import LinearReference
+from .nulls import NullCounts
+from .reconstruction import QUANTILES, share_of
 from .records import LatentRecord, PairRecord, finite
+from .similarity import Similarity
 from .universality import CATEGORIES, Category
 
-__all__ = ["LatentRecord", "PairRecord", "UniversalityReport"]
+__all__ = ["LabelFacts", "LatentRecord", "PairRecord", "UniversalityReport"]
 
 SCHEMA = 1
 N_TOP = 10
 """Latents that `metrics.json` lists."""
+
+
+class LabelFacts(NamedTuple):
+    """What is known of all latents and the labels of the images.
+
+    Attributes:
+        bound: the largest AUROC, of any latent in all class sites for any value, with labels permuted over images.
+        permutations: of how many.
+        agreement: share of the universal latents whose best value is the same in all class sites.
+        agreement_chance: the same share if the best values were paired at random; n_agreement: of how many latents.
+    """
+
+    bound: float
+    permutations: int
+    agreement: float
+    agreement_chance: float
+    n_agreement: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +64,13 @@ class UniversalityReport:
         n_values: values of those factors that latents were compared with.
         auroc: AUROC in every class site from which on a latent counts as following a value.
         measured_on: the rows that are called held-out above: "holdout", or "validation" where a choice is being made.
+        thresholds: `entropy`, `phi` and `q` of a universal latent.
+        r2_interval: {source: {target: 95 % interval over images}}; `r2_quantiles` of R² over the target's dimensions.
+        linear: R² of ridge regression between sites; `similarity` what needs no USAE.
+        nulls: counts of the classes with images paired at random: any, then those with equal labels.
+        labels: what is known of all latents and labels; None without labels.
+        fidelity: what the reconstructions do in the live models; None where it was not asked for.
+        controls: what was trained beside the USAE; None where it was not asked for.
     """
 
     sites: tuple[str, ...]
@@ -54,6 +87,15 @@ class UniversalityReport:
     n_values: int = 0
     auroc: float = 0.9
     measured_on: SplitName = "holdout"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    r2_interval: dict[str, dict[str, Interval]] | None = None
+    r2_quantiles: dict[str, dict[str, list[float]]] | None = None
+    linear: LinearReference | None = None
+    similarity: Similarity | None = None
+    nulls: tuple[NullCounts, ...] = ()
+    labels: LabelFacts | None = None
+    fidelity: Fidelity | None = None
+    controls: Controls | None = None
 
     @property
     def universal(self) -> list[LatentRecord]:
@@ -71,6 +113,52 @@ class UniversalityReport:
             and min(record.follows.auroc.values()) >= self.auroc
         ]
         return sorted(found, key=lambda record: -record.total_energy)
+
+    @property
+    def n_live(self) -> int:
+        """Latents that are neither rare nor dead."""
+        return len(self.latents) - self.counts["rare"] - self.counts["dead"]
+
+    @property
+    def n_equal_rates(self) -> int:
+        """Latents that firing entropy alone would call universal: live ones at or above its threshold."""
+        least = self.thresholds.get("entropy", 0.9)
+        return sum(record.entropy >= least for record in self.latents if record.category not in ("rare", "dead"))
+
+    @property
+    def universal_energy(self) -> dict[str, float]:
+        """Share of a class site's energy that is in universal latents."""
+        shares = {}
+        for site in self.class_sites:
+            total = sum(record.energy[site] for record in self.latents)
+            shared = sum(record.energy[site] for record in self.latents if record.category == "universal")
+            shares[site] = shared / total if total > 0 else float("nan")
+        return shares
+
+    @property
+    def r2_share(self) -> Matrix | None:
+        """Cross-R² as a share of the linear reference's."""
+        return share_of(self.r2, self.linear.r2) if self.linear else None
+
+    @property
+    def platonic(self) -> list[dict[str, Any]]:
+        """Every ordered pair of class sites: what is alike without a USAE, beside what the USAE shares.
+
+        `cka`, `mutual_knn` with the largest value of shuffled pairings; `r2` of the source's code decoded to the
+        target, ridge regression's and the share of it; share of the target's energy in universal latents.
+        """
+        share, energy = self.r2_share, self.universal_energy
+        rows = []
+        for source, target in permutations(self.class_sites, 2):
+            row: dict[str, Any] = {"source": source, "target": target}
+            for name in ("cka", "cka_null", "mutual_knn", "mutual_knn_null"):
+                row[name] = finite(getattr(self.similarity, name)[source][target]) if self.similarity else None
+            row["r2"] = finite(self.r2[source][target])
+            row["r2_ridge"] = finite(self.linear.r2[source][target]) if self.linear else None
+            row["r2_share"] = finite(share[source][target]) if share else None
+            row["universal_energy"] = finite(energy[target])
+            rows.append(row)
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `metrics.json`; what is not a number there is null.
@@ -101,6 +189,28 @@ class UniversalityReport:
             "entropy_histogram": _entropy_histogram(self.latents),
             "top_latents": [record.to_dict(self.class_sites) for record in top],
             "factors": factors if self.factors else None,
+            "thresholds": dict(self.thresholds),
+            "n_live": self.n_live,
+            "n_equal_rates": self.n_equal_rates,
+            "n_positional": sum(record.positional for record in self.latents),
+            "r2_interval": self.r2_interval
+            and {
+                s: {t: [finite(end) for end in ends] for t, ends in row.items()} for s, row in self.r2_interval.items()
+            },
+            "r2_quantiles": self.r2_quantiles
+            and {
+                "levels": list(QUANTILES),
+                **{s: {t: [finite(v) for v in row] for t, row in of.items()} for s, of in self.r2_quantiles.items()},
+            },
+            "r2_ridge": _jsonable(self.linear.r2) if self.linear else None,
+            "r2_share": _jsonable(self.r2_share) if self.r2_share else None,
+            "similarity": _similarity(self.similarity),
+            "nulls": [null.to_dict() for null in self.nulls],
+            "universal_energy": {site: finite(share) for site, share in self.universal_energy.items()},
+            "platonic": self.platonic,
+            "labels": self.labels and {key: finite(value) for key, value in self.labels._asdict().items()},
+            "fidelity": self.fidelity.to_dict() if self.fidelity else None,
+            **(self.controls.to_dict() if self.controls else {}),
         }
 
     def to_json(self) -> str:
@@ -138,6 +248,12 @@ def _entropy_histogram(latents: list[LatentRecord]) -> dict[str, list[float] | l
         for name, values in (("universal", universal), ("others", others))
     }
     return {"edges": edges, **bins}
+
+
+def _similarity(found: Similarity | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {name: _jsonable(value) if isinstance(value, dict) else value for name, value in found._asdict().items()}
 
 
 def _jsonable(matrix: Matrix) -> dict[str, dict[str, float | None]]:

@@ -14,7 +14,9 @@ import numpy as np
 from scipy import stats
 
 from ..config import ProbesConfig
+from .chance import chance, chance_by_place
 from .firing import FiringCounts, Pair
+from .intervals import Resamples
 
 Category = Literal["universal", "partial", "chance", "specific", "rare", "dead"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
@@ -43,17 +45,29 @@ class CoFiring(NamedTuple):
 
     Attributes:
         cofires: rows in which both fire.
+        share_a, share_b: of the rows in which that site fires, those in which both do; NaN when it never fires.
         jaccard: cofires / (fires in a + fires in b − cofires), the true union; NaN when neither fires.
         lift: cofires · n / (fires in a · fires in b); 1 is chance; NaN when one never fires.
         phi: correlation of the two binary firing vectors; 0 when one of them is constant.
+        phi_low, phi_high: its 95 % interval, images resampled; NaN where none was asked for.
+        correlation: Pearson's of the two codes over all rows; NaN when one is constant.
         p: one-sided chance of at least as many cofires with images paired at random (see `chance`).
+        phi_place, p_place: the same within places (`phi_by_place`, `chance_by_place`), where images have several rows;
+            NaN otherwise.
     """
 
     cofires: np.ndarray
+    share_a: np.ndarray
+    share_b: np.ndarray
     jaccard: np.ndarray
     lift: np.ndarray
     phi: np.ndarray
+    phi_low: np.ndarray
+    phi_high: np.ndarray
+    correlation: np.ndarray
     p: np.ndarray
+    phi_place: np.ndarray
+    p_place: np.ndarray
 
 
 def co_firing(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: int) -> CoFiring:
@@ -67,30 +81,41 @@ def co_firing(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: 
         n: rows; p is that of n images with one row each.
     """
     a, b, c = (np.asarray(x, dtype=np.float64) for x in (fires_a, fires_b, cofires))
-    spread = a * (n - a) * b * (n - b)
+    spread, nothing = a * (n - a) * b * (n - b), np.full(len(a), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         union = a + b - c
-        jaccard = np.where(union > 0, c / union, np.nan)
-        lift = np.where(a * b > 0, c * n / (a * b), np.nan)
-        phi = np.where(spread > 0, (n * c - a * b) / np.sqrt(spread), 0.0)
-    return CoFiring(np.asarray(cofires), jaccard, lift, phi, chance(a, b, c, n))
+        return CoFiring(
+            cofires=np.asarray(cofires),
+            share_a=np.where(a > 0, c / a, np.nan),
+            share_b=np.where(b > 0, c / b, np.nan),
+            jaccard=np.where(union > 0, c / union, np.nan),
+            lift=np.where(a * b > 0, c * n / (a * b), np.nan),
+            phi=np.where(spread > 0, (n * c - a * b) / np.sqrt(spread), 0.0),
+            phi_low=nothing,
+            phi_high=nothing,
+            correlation=nothing,
+            p=chance(a, b, c, n),
+            phi_place=nothing,
+            p_place=nothing,
+        )
 
 
-def chance(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: int) -> np.ndarray:
-    """Return the chance of at least as many co-fires with images paired at random, exactly.
+def phi_by_place(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Return the correlation of two binary firing vectors within places, [latents]; 0 when one is constant there.
 
-    p = P[H ≥ c], H ~ hypergeometric(n, a, b); 1 when one of the sites never fires.
+        φ_place = Σ_s (c_s − a_s b_s / n_s) / √(Σ_s a_s (n_s − a_s) / n_s · Σ_s b_s (n_s − b_s) / n_s)
+
+    (both vectors centred by place: what depends on the place alone correlates with nothing).
 
     Args:
-        fires_a, fires_b: [latents] images in which each site fires the latent.
-        cofires: [latents] images in which both do.
-        n: images, which must be independent of each other.
+        fires_a, fires_b, cofires: [places, latents] rows.
+        n: [places] rows.
     """
     a, b, c = (np.asarray(x, dtype=np.float64) for x in (fires_a, fires_b, cofires))
-    p = np.ones(len(a))
-    tested = (c > 0) & (a > 0) & (b > 0)
-    p[tested] = stats.hypergeom.sf(c[tested] - 1, n, a[tested], b[tested])
-    return np.clip(p, 0.0, 1.0)
+    rows = np.maximum(np.asarray(n, dtype=np.float64), 1.0)[:, None]
+    common = (c - a * b / rows).sum(0)
+    spread = (a * (rows - a) / rows).sum(0) * (b * (rows - b) / rows).sum(0)
+    return np.where(spread > 1e-9, common / np.sqrt(np.where(spread > 1e-9, spread, 1.0)), 0.0)
 
 
 def benjamini_hochberg(p: np.ndarray, tested: np.ndarray) -> np.ndarray:
@@ -106,6 +131,7 @@ class Classes(NamedTuple):
 
     Attributes:
         category: one of `CATEGORIES`.
+        positional: [n] bool, co-fires with some pair's φ and q, but not within places: its place explains it.
         fires_in: [m, n] bool, counts as firing in that site.
         entropy: firing entropy over the class sites.
         pairs: co-firing per pair of class sites.
@@ -114,6 +140,7 @@ class Classes(NamedTuple):
     """
 
     category: np.ndarray
+    positional: np.ndarray
     fires_in: np.ndarray
     entropy: np.ndarray
     pairs: dict[Pair, CoFiring]
@@ -121,7 +148,9 @@ class Classes(NamedTuple):
     q_all: np.ndarray
 
 
-def classify(counts: FiringCounts, sites: Sequence[str], thresholds: ProbesConfig) -> Classes:
+def classify(
+    counts: FiringCounts, sites: Sequence[str], thresholds: ProbesConfig, resamples: Resamples | None = None
+) -> Classes:
     """Put every latent into one of six classes, over `sites` (one per model).
 
     `universal`: fires in all, FE ≥ .9, φ ≥ .2 for every pair and q < .01, where p is the maximum over pairs and
@@ -130,33 +159,39 @@ def classify(counts: FiringCounts, sites: Sequence[str], thresholds: ProbesConfi
     fires in one. `rare`: fires, but under `min_fires` everywhere. `dead`: never fires.
 
     `min_fires` counts images. Where they have several rows, p is that of one drawn row per image, everything else that
-    of all rows.
+    of all rows; and φ and p must hold within places, too: both are then the weaker of the two.
 
     Args:
         counts: firing statistics of held-out rows.
         sites: the class sites, in order.
         thresholds: `min_fires`, `min_rate_ratio`, `entropy`, `phi`, `q`.
+        resamples: of the groups of images in `counts`, for the intervals of φ; default: none are made.
     """
     fires = np.stack([counts.fires[site] for site in sites])
     busiest = fires.max(0)
     images = np.stack([counts.images[site] for site in sites])
     fires_in = (images >= thresholds.min_fires) & (fires >= thresholds.min_rate_ratio * busiest)
     entropy = firing_entropy(fires)
-    pairs = {(a, b): _pair(counts, a, b) for a, b in combinations(sites, 2)}
+    pairs = {pair: _pair(counts, pair, resamples) for pair in combinations(sites, 2)}
     index = {site: i for i, site in enumerate(sites)}
-    q = {(a, b): benjamini_hochberg(pair.p, fires_in[index[a]] & fires_in[index[b]]) for (a, b), pair in pairs.items()}
+    both = {(a, b): fires_in[index[a]] & fires_in[index[b]] for a, b in pairs}
+    p = {key: np.fmax(pair.p, pair.p_place) for key, pair in pairs.items()}  # fmax leaves NaN aside
+    phi = {key: np.fmin(pair.phi, pair.phi_place) for key, pair in pairs.items()}
+    q = {key: benjamini_hochberg(p[key], both[key]) for key in pairs}
     everywhere = fires_in.all(0) & (len(sites) > 1)
-    worst = np.max([pair.p for pair in pairs.values()], axis=0) if pairs else np.ones(counts.n_latents)
+    worst = np.max(list(p.values()), axis=0) if pairs else np.ones(counts.n_latents)
     q_all = benjamini_hochberg(worst, everywhere)
-    strong = np.all([pair.phi >= thresholds.phi for pair in pairs.values()], axis=0) if pairs else everywhere
+    strong = np.all([phi[key] >= thresholds.phi for key in pairs], axis=0) if pairs else everywhere
     universal = everywhere & (np.nan_to_num(entropy) >= thresholds.entropy) & strong & (q_all < thresholds.q)
-    some = np.zeros(counts.n_latents, dtype=bool)
+    some, positional = (np.zeros(counts.n_latents, dtype=bool) for _ in range(2))
     for key, pair in pairs.items():
-        some |= (pair.phi >= thresholds.phi) & (q[key] < thresholds.q)
+        shown = (phi[key] >= thresholds.phi) & (q[key] < thresholds.q)
+        some |= shown
+        positional |= ~shown & (pair.phi >= thresholds.phi) & (benjamini_hochberg(pair.p, both[key]) < thresholds.q)
     number = fires_in.sum(0)
     conditions = [universal, some, number >= 2, number == 1, busiest > 0]
     category = np.select(conditions, CATEGORIES[:5], default="dead")
-    return Classes(category, fires_in, entropy, pairs, q, q_all)
+    return Classes(category, positional, fires_in, entropy, pairs, q, q_all)
 
 
 def split_latents(
@@ -188,16 +223,21 @@ def split_latents(
     return split
 
 
-def _pair(counts: FiringCounts, a: str, b: str) -> CoFiring:
-    found = co_firing(counts.fires[a], counts.fires[b], _cofires(counts, a, b), counts.n_rows)
+def _pair(counts: FiringCounts, pair: Pair, resamples: Resamples | None) -> CoFiring:
+    (a, b), kept = pair, pair if pair in counts.cofires else (pair[1], pair[0])
+    found = co_firing(counts.fires[a], counts.fires[b], counts.cofires[kept], counts.n_rows)
+    found = found._replace(correlation=counts.correlation(kept))
+    if resamples and counts.by_group:
+        low, high = resamples.phi(counts.by_group, kept)
+        found = found._replace(phi_low=low, phi_high=high)
     drawn = counts.drawn
     if drawn is counts:
         return found
-    return found._replace(p=chance(drawn.fires[a], drawn.fires[b], _cofires(drawn, a, b), drawn.n_rows))
-
-
-def _cofires(counts: FiringCounts, a: str, b: str) -> np.ndarray:
-    return counts.cofires[(a, b)] if (a, b) in counts.cofires else counts.cofires[(b, a)]
+    found = found._replace(p=chance(drawn.fires[a], drawn.fires[b], drawn.cofires[kept], drawn.n_rows))
+    if not (counts.by_place and drawn.by_place):
+        return found
+    places, one = ((by.fires[a], by.fires[b], by.cofires[kept], by.n) for by in (counts.by_place, drawn.by_place))
+    return found._replace(phi_place=phi_by_place(*places), p_place=chance_by_place(*one))
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:

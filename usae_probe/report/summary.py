@@ -15,6 +15,7 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
+from .evidence import beside, evidence, seeds
 from .r2_table import finite, r2_matrix, short
 from .tables import classes_and_entropy, strongest_latents
 
@@ -37,6 +38,7 @@ def run_summary(
         Group(_answer(overview, metrics), _setting(overview, metrics)),
         r2_matrix(metrics, WIDTH),
         classes_and_entropy(metrics),
+        *evidence(metrics),
         strongest_latents(metrics),
         _cam(overview.get("cam")),
         file_table(files) if files else None,
@@ -72,9 +74,11 @@ def _answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
     else:
         shared, all_of_them = counts["universal"], "both" if len(names) == 2 else f"all {len(names)}"
         verb = "none fires" if shared == 0 else "it fires" if shared == 1 else "they fire"
+        spread, controls = seeds(metrics), beside(metrics)
         sharing = (
-            f"{', '.join(names[:-1])} and {names[-1]} share {shared:,} of {live:,} live latents: "
-            f"{verb} in {all_of_them}, on the same images."
+            f"{', '.join(names[:-1])} and {names[-1]} share {shared:,} of {live:,} live latents"
+            f"{f' ({spread})' if spread else ''}: {verb} in {all_of_them}, on the same images"
+            f"{f' {controls}' if controls else ''}."
         )
     return Text.assemble((sharing, "bold"), " ", _explained(metrics))
 
@@ -86,7 +90,8 @@ def _explained(metrics: Mapping[str, Any]) -> str:
         return f"The code of {sites[0]} explains {_share(r2[sites[0]][sites[0]])} of its own variance (held out)."
     if len(sites) == 2:
         a, b = sites
-        return f"{a}'s code explains {_share(r2[a][b])} of {b}'s variance, the other way {_share(r2[b][a])} (held out)."
+        there, back = (_beside_linear(metrics, *pair) for pair in ((a, b), (b, a)))
+        return f"{a}'s code explains {there} of {b}'s variance, the other way {back} (held out)."
     pairs = sorted((r2[a][b], a, b) for a, b in permutations(sites, 2) if finite(r2[a][b]))
     if not pairs:
         return ""
@@ -95,6 +100,13 @@ def _explained(metrics: Mapping[str, Any]) -> str:
         f"At best, {a}'s code explains {_share(most)} of {b}'s variance; "
         f"at worst, {c}'s code {_share(least)} of {d}'s (held out)."
     )
+
+
+def _beside_linear(metrics: Mapping[str, Any], source: str, target: str) -> str:
+    """Spell a cross-R², with what a linear map from all of the source's activation explains."""
+    linear = (metrics.get("r2_ridge") or {}).get(source, {}).get(target)
+    share = _share(metrics["r2"][source][target])
+    return f"{share} (a linear map {short(linear)})" if finite(linear) else share
 
 
 def _setting(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:

@@ -2,7 +2,7 @@
 
 from ..world import World
 from .bottleneck import warn_without_bottleneck
-from .draws import sources_of
+from .draws import exchanged, sources_of
 from .history import HistoryFile, read_history
 from .independent import encoder_updates, train_independent
 from .kernels import Codes, Support, choose_kernel, select_topk
@@ -27,6 +27,7 @@ __all__ = [
     "check_tensorboard",
     "choose_kernel",
     "encoder_updates",
+    "exchanged",
     "read_history",
     "select_topk",
     "sources_of",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..buffer import Rows
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..shapes import RowMatrix
@@ -75,6 +76,59 @@ def check_weighted_sites(sites: Sequence[str], how: TrainConfig) -> None:
                 f"train.{key} has a weight for '{unknown[0]}', which is no site of this training",
                 hint=f"sites: {', '.join(sites)}",
             )
+
+
+class Mispairing:
+    """Pairs the rows of different sites at random within a batch, in every step anew.
+
+    Args:
+        how: `pairing` and `seed`.
+        labels: [images of the source] whole numbers: with `pairing = "label"` only rows of images with the same one
+            are exchanged.
+
+    Raises:
+        ConfigError: when labels are needed and missing.
+    """
+
+    def __init__(self, how: TrainConfig, labels: np.ndarray | None) -> None:
+        self._seed, self._labels = how.seed, None
+        if how.pairing != "label":
+            return
+        if labels is None:
+            raise ConfigError(
+                "train.pairing = 'label' needs a label for every image",
+                hint="use images with labels (class folders, or label arrays in an .npz), or give labels=",
+            )
+        self._labels = np.asarray(labels, dtype=np.int64)
+
+    def of(self, rows: Rows, step: int, share: slice) -> dict[str, np.ndarray]:
+        """Return the share of each site's rows in one step, in an order of the site's own.
+
+        Raises:
+            ConfigError: when an image has no label.
+        """
+        draw = np.random.default_rng((self._seed, PAIRING, step))
+        if self._labels is None:
+            return {site: values[draw.permutation(len(values))[share]] for site, values in rows.values.items()}
+        if len(rows.image_index) and rows.image_index.max() >= len(self._labels):
+            raise ConfigError(
+                f"{len(self._labels)} labels were given, none for image {rows.image_index.max()}",
+                hint="give one for every image of the source that was harvested",
+            )
+        label = self._labels[rows.image_index]
+        return {site: values[exchanged(draw, label)[share]] for site, values in rows.values.items()}
+
+
+def exchanged(draw: np.random.Generator, label: np.ndarray) -> np.ndarray:
+    """Return a random order of [n] things in which every one is exchanged with one of the same label.
+
+    Example:
+        >>> exchanged(np.random.default_rng(0), np.array([1, 2, 1])).tolist()[1]
+        1
+    """
+    order = np.empty(len(label), dtype=np.int64)
+    order[np.argsort(label, kind="stable")] = np.lexsort((draw.random(len(label)), label))
+    return order
 
 
 class Perturbation:

@@ -19,8 +19,8 @@ from .model import USAE
 def initialise_from_data(usae: USAE, buffer: ActivationBuffer, how: TrainConfig) -> None:
     """Put training rows into encoders and decoders, drawn by `how.seed`.
 
-    Rows are drawn without repetition. With `pairing = "shuffled"` the parts of a decoder row come from different rows,
-    so that the mispaired control starts from nothing that is paired.
+    Rows are drawn without repetition. Unless rows are paired by image, the parts of a decoder row come from different
+    rows, so that the mispaired controls start from nothing that is paired.
 
     Args:
         usae: the model, in place; on any device.
@@ -33,7 +33,7 @@ def initialise_from_data(usae: USAE, buffer: ActivationBuffer, how: TrainConfig)
     draw = np.random.default_rng((how.seed, ROWS))
     chosen = draw.permutation(n_rows)[: usae.n_latents]
     rows = buffer.gather("train", chosen, sites).values
-    if how.pairing == "shuffled":
+    if how.pairing != "image":
         apart = np.random.default_rng((how.seed, PAIRING, 0))
         rows = {site: rows[site][apart.permutation(len(chosen))] for site in sites}
     put_rows(usae, rows, seed=how.seed)

@@ -36,11 +36,12 @@ class ReconstructionSums:
         usae, device = self.usae, self.usae.W_dec.device
         x = {site: usae.normalise(torch.from_numpy(rows[site]).to(device), site) for site in usae.sites}
         stacked = torch.cat(list(x.values()), dim=1)
+        self._add_stacked(stacked)
         codes = {}
         for i, site in enumerate(usae.sites):
             coded = usae.code(x[site], site)
             codes[site] = coded.support.codes(coded.values)
-            self._sse[i] += self._errors(stacked - usae.decode_all(coded.values, coded.support))
+            self._add_errors(i, stacked - usae.decode_all(coded.values, coded.support))
         for site, moments in self._moments.items():
             moments.update(rows[site])
         self.n_rows += len(stacked)
@@ -54,11 +55,14 @@ class ReconstructionSums:
         """Return R² about one scalar mean per site."""
         return self._matrix([self._moments[site].pooled_m2() for site in self.usae.sites])
 
-    def _errors(self, error: Tensor) -> np.ndarray:
-        scale = self.usae.scale.double()
+    def _add_errors(self, source: int, error: Tensor) -> None:
+        """Take in the errors of one source's code, normalised, [b, Σ d_in]."""
         squares = error.double().square().sum(0)
-        sums = [squares[self.usae.columns[site]].sum() * scale[j] ** 2 for j, site in enumerate(self.usae.sites)]
-        return torch.stack(sums).cpu().numpy()
+        sums = [squares[self.usae.columns[site]].sum() for site in self.usae.sites]
+        self._sse[source] += (torch.stack(sums) * self.usae.scale.double() ** 2).cpu().numpy()
+
+    def _add_stacked(self, stacked: Tensor) -> None:
+        """Take in the normalised rows of all sites, [b, Σ d_in]; the plain sums need nothing of them."""
 
     def _matrix(self, totals: list[float]) -> Matrix:
         sites = self.usae.sites

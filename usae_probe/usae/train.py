@@ -7,9 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..buffer import ActivationBuffer, OnlineBuffer
 from ..config import TrainConfig, UsaeConfig, settled
 from ..errors import ConfigError
+from ..files import json_sha256
 from ..world import World
 from .interrupts import held_interrupts
 from .model import USAE
@@ -40,6 +43,7 @@ def train(
     progress: Callable[[StepRecord], None] | None = None,
     resume: str | Path | None = None,
     world: World | None = None,
+    labels: np.ndarray | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a USAE from a buffer's training rows.
@@ -55,6 +59,7 @@ def train(
             removes it.
         world: the processes that train together, from `usae_probe.usae.distributed.joined`, each of which calls this;
             process 0 alone writes the state. Default: this process alone.
+        labels: [images of the source] a whole number for every image, which `pairing = "label"` goes by.
         settings: or single settings by the config's names: `n_latents`, `k`, `epochs`, `steps`, `batch_size`, `lr`, …
 
     Returns:
@@ -75,10 +80,10 @@ def train(
         )
     shape, how = settled((usae_config or UsaeConfig(), train_config or TrainConfig()), settings)
     world = world or World()
-    training = Training(usae_for(buffer, shape, how, sites=sites, world=world), buffer, how, world)
+    training = Training(usae_for(buffer, shape, how, sites=sites, world=world), buffer, how, world, labels)
     state = None
     if resume:
-        state = TrainingState(Path(resume), _depends_on(training, shape), reads_only=not world.main)
+        state = TrainingState(Path(resume), _depends_on(training, shape, labels), reads_only=not world.main)
         state.restore(training)
     resumed, history = training.step, []
     online = training.buffer if isinstance(training.buffer, OnlineBuffer) else None
@@ -143,13 +148,15 @@ def _kept(training: Training, state: TrainingState | None, interrupted: Callable
             raise KeyboardInterrupt
 
 
-def _depends_on(training: Training, shape: UsaeConfig) -> dict[str, Any]:
+def _depends_on(training: Training, shape: UsaeConfig, labels: np.ndarray | None) -> dict[str, Any]:
     how, buffer = training.how, training.buffer
     idle = {"log_every", "tensorboard", "workers"}
     if not how.early_stop and how.keep == "last":
         idle |= {"validate_every"}
     settings = how.model_dump(exclude=idle)
     known = {"buffer": buffer.identity, "sites": training.usae.sites, "usae": shape.model_dump(), "train": settings}
+    if how.pairing == "label" and labels is not None:
+        known["labels"] = json_sha256(labels.tolist())
     if isinstance(buffer, OnlineBuffer):
         return known | {"online": asdict(buffer.plan)}
     return known if buffer.pool() is None else known | {"pool": buffer.pool()}

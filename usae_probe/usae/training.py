@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..buffer import ActivationBuffer, OnlineBuffer, Rows
+from ..buffer import ActivationBuffer, OnlineBuffer
 from ..config import TrainConfig
 from ..errors import NonFiniteError
 from ..world import World
 from .average import Average
-from .draws import PAIRING
+from .draws import Mispairing
 from .losses import Objective, StepLoss
 from .model import USAE
 from .optimiser import ConstrainedAdam
@@ -39,6 +39,7 @@ class Training:
         buffer: whose training rows it learns from.
         how: the settings.
         world: the processes that train together; default: this one alone.
+        labels: [images of the source] whole numbers, for `pairing = "label"`.
 
     Attributes:
         step: steps done; `steps` those that were asked for.
@@ -48,8 +49,16 @@ class Training:
         ConfigError: when the settings do not fit the model or the buffer.
     """
 
-    def __init__(self, usae: USAE, buffer: ActivationBuffer, how: TrainConfig, world: World | None = None) -> None:
+    def __init__(
+        self,
+        usae: USAE,
+        buffer: ActivationBuffer,
+        how: TrainConfig,
+        world: World | None = None,
+        labels: np.ndarray | None = None,
+    ) -> None:
         self.usae, self.buffer, self.how, self.world = usae, buffer, how, world or World()
+        self._mispairing = Mispairing(how, labels)
         if not isinstance(buffer, OnlineBuffer):
             buffer.demand_all_rows()
         self._share = self.world.share(min(how.batch_size, buffer.n_rows("train")))
@@ -92,18 +101,18 @@ class Training:
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield this process's share of the rows of every batch that is left."""
         how, share = self.how, self._share
-        shuffled = how.pairing == "shuffled"  # rows are paired at random across the whole batch
+        mispaired = how.pairing != "image"  # rows are paired at random across the whole batch
         batches = self.buffer.batches(
             "train",
             how.batch_size,
             seed=how.seed,
             start_step=self.step,
             sites=list(self.usae.sites),
-            share=slice(None) if shuffled else share,
+            share=slice(None) if mispaired else share,
             workers=0 if isinstance(self.buffer, OnlineBuffer) else how.workers,  # it would wait for rows to come
         )
         for step, rows in enumerate(batches, self.step + 1):
-            yield _mispaired(rows, how, step, share) if shuffled else dict(rows.values)
+            yield self._mispairing.of(rows, step, share) if mispaired else dict(rows.values)
 
     def _do(self, step: int, rows: Mapping[str, np.ndarray]) -> StepRecord:
         how, usae = self.how, self.usae
@@ -236,8 +245,3 @@ class Training:
 def _normalised(usae: USAE, rows: Mapping[str, np.ndarray]) -> Tensor:
     device = usae.W_dec.device
     return torch.cat([usae.normalise(torch.from_numpy(rows[site]).to(device), site) for site in usae.sites], dim=1)
-
-
-def _mispaired(rows: Rows, how: TrainConfig, step: int, share: slice) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng((how.seed, PAIRING, step))
-    return {site: values[draw.permutation(len(values))[share]] for site, values in rows.values.items()}

@@ -16,8 +16,8 @@ from ...hooks import Grid, HookedModel
 from ...shapes import RowMatrix
 from ...sites import Site, model_of
 from ...usae import USAE
-from ..evaluate import one_site_per_model
 from ..records import LatentRecord
+from ..rows import one_site_per_model
 from .pixels import AnyPictures, PictureSpace, picture_space
 
 

@@ -1,0 +1,236 @@
+"""What a run's figures stand beside, in the terminal: controls, reference, tax, fidelity; at most 80 columns wide.
+
+Everything is read from the content of `metrics.json`; what is not there is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .r2_table import finite, short
+
+Metrics = Mapping[str, Any]
+_MOST_PAIRS = 8
+
+
+def beside(metrics: Metrics) -> str:
+    """Say in brackets what the number of universal latents stands beside; empty where nothing is known.
+
+    `(shuffled 0, within class 78, mispaired 5, untrained 63)`.
+    """
+    said = [f"{_null_name(null)} {_mean(null['universal'])}" for null in metrics.get("nulls", [])]
+    trained = metrics.get("controls", {})
+    said += [f"{name} {control['counts']['universal']:,}" for name, control in _less(trained).items()]
+    return f"({', '.join(said)})" if said else ""
+
+
+def seeds(metrics: Metrics) -> str:
+    """Return the range of the universal latents over trainings; empty for a single one."""
+    found = metrics.get("stability", {}).get("universal", [])
+    return f"{min(found):,}–{max(found):,} over {len(found)} seeds" if len(found) > 1 else ""
+
+
+def evidence(metrics: Metrics) -> list[RenderableType | None]:
+    """Return everything that the classes and R² stand beside, one part each."""
+    return [_alike(metrics), _controls(metrics), _tax(metrics), _fidelity(metrics), _labels(metrics)]
+
+
+def _alike(metrics: Metrics) -> Group | None:
+    """Return R² beside the linear reference and what is alike without a USAE, for every ordered pair of class sites."""
+    rows = metrics.get("platonic")
+    if not rows or all(row["r2_ridge"] is None and row["cka"] is None for row in rows):
+        return None
+    table = _grid(["code of → decoded to", "R² (95 %)", "linear", "share", "CKA", "k-NN", "energy"])
+    shown = sorted(rows, key=lambda row: -(row["r2"] if finite(row["r2"]) else -9))[:_MOST_PAIRS]
+    intervals = metrics.get("r2_interval") or {}
+    for row in shown:
+        ends = intervals.get(row["source"], {}).get(row["target"])
+        span = f" ({short(ends[0])}–{short(ends[1])})" if ends and finite(ends[0]) else ""
+        table.add_row(
+            f"{row['source']} → {row['target']}",
+            f"{short(row['r2'])}{span}",
+            short(row["r2_ridge"]),
+            short(row["r2_share"]),
+            _with_null(row["cka"], row["cka_null"]),
+            _with_null(row["mutual_knn"], row["mutual_knn_null"]),
+            short(row["universal_energy"]),
+        )
+    similarity = metrics.get("similarity")
+    said = "linear: ridge regression, share: of it reached; energy: the target's in universal latents"
+    if similarity:
+        said += (
+            f"; debiased CKA and mutual {similarity['k']}-NN of {similarity['n_images']:,} held-out images (in "
+            f"brackets: largest of {similarity['nulls']} shuffled pairings)"
+        )
+    left = len(rows) - len(shown)
+    more = f"; the {left} other pairs are in metrics.json" if left else ""
+    return Group(Text("What is alike", style="bold"), table, Text(said + more, style="dim"))
+
+
+def _controls(metrics: Metrics) -> Group | None:
+    nulls, trained = metrics.get("nulls", []), metrics.get("controls", {})
+    if not trained:
+        return None
+    sites = metrics["class_sites"]
+    table = _grid(["universal latents", "", "of live", "cross-R²"])
+    stable = metrics.get("stability", {})
+    own = _cross(metrics["r2"], sites)
+    table.add_row("this run", f"{metrics['counts']['universal']:,}", f"{metrics['n_live']:,}", own)
+    if len(stable.get("universal", [])) > 1:
+        spans = [f"{min(stable[key]):,}–{max(stable[key]):,}" for key in ("universal", "live")]
+        table.add_row(f"{len(stable['universal'])} seeds", *spans, "")
+    for null in nulls:
+        table.add_row(f"{_null_name(null)}, at evaluation", _mean(null["universal"]), f"{metrics['n_live']:,}", "")
+    for name, control in trained.items():
+        cross = _cross(control["r2"], control["sites"])
+        table.add_row(name, f"{control['counts']['universal']:,}", f"{control['n_live']:,}", cross)
+    matched = metrics.get("posthoc", [])
+    for found in matched:
+        rows = "held-out" if found["matched_on"] == "holdout" else "training"
+        null = "" if found["null"] is None else f" (shuffled {_mean([found['null']])})"
+        name = f"independent SAEs, matched on {rows} codes{null}"
+        table.add_row(name, f"{found['counts']['universal']:,}", f"{found['n_pairs']:,} pairs", "")
+    equal = f"firing entropy ≥ {short(metrics['thresholds']['entropy'])} alone: {metrics['n_equal_rates']:,}"
+    again = [found["share"] for found in stable.get("found_again", []) if finite(found["share"])]
+    if again:
+        equal += f"; found again with another seed (cosine ≥ .7 in all decoders): {_span(again)}"
+    return Group(Text("Controls", style="bold"), table, Text(equal, style="dim"))
+
+
+def _tax(metrics: Metrics) -> Group | None:
+    independent, tax = metrics.get("independent_r2"), metrics.get("alignment_tax")
+    if not independent or not tax:
+        return None
+    table = _grid(["held-out R² of itself", "USAE", "SAE", "tax", "SAE", "tax", "SAE", "tax"])
+    names = ("", "", "steps", "", "updates", "", "n/M", "")
+    table.add_row(*(Text(name, style="dim") for name in names))
+    for site in metrics["sites"]:
+        cells = [short(metrics["r2"][site][site])]
+        for kind in ("steps", "encoder", "parts"):
+            found = independent.get(kind, {}).get(site)
+            cells += [_three(found["mean"]), _three(tax[kind][site]["mean"])] if found else ["–", "–"]
+        table.add_row(site, *cells)
+    n = next(iter(next(iter(tax.values())).values()))["n"]
+    said = f"independent SAEs: as many steps, as many encoder updates, n_latents / M each; mean of {n} seed"
+    counterparts = metrics.get("counterparts") or {}
+    shares = ", ".join(f"{site} {short(c['share'])} (random {short(c['random'])})" for site, c in counterparts.items())
+    lines = [Text(f"{said}{'' if n == 1 else 's'}", style="dim")]
+    if shares:
+        lines.append(Text(f"their latents with a universal counterpart (cosine ≥ .7): {shares}", style="dim"))
+    return Group(Text("Alignment tax", style="bold"), table, *lines)
+
+
+def _fidelity(metrics: Metrics) -> Group | None:
+    found = metrics.get("fidelity")
+    if not found:
+        return None
+    sites = metrics["class_sites"]
+    table = _grid(["code of ↓ in the place of →", *(_short_name(site, len(sites)) for site in sites)])
+    for source in sites:
+        table.add_row(source, *(_recovered(found, source, target) for target in sites))
+    denominators = [
+        f"{site} {short(found['kl_mean'].get(site))} nats, {short(found['top1_mean'].get(site))}"
+        for site in sites
+        if finite(found["kl_mean"].get(site))
+    ]
+    said = f"share of the output recovered over mean ablation: KL (top-1), {found['n_images']:,} held-out images"
+    if denominators:
+        said += f"; mean ablation: {'; '.join(denominators)} top-1 agreement"
+    lines = [Text(said, style="dim")]
+    effects = [one["correlation"] for one in found["latents"] if finite(one["correlation"])]
+    null = [one["null_correlation"] for one in found["latents"] if finite(one["null_correlation"])]
+    if effects:
+        beside_null = f" (random latents of equal energy {short(_median(null))})" if null else ""
+        lines.append(
+            Text(
+                f"ablated in all models, {len(effects)} universal latents: their effects on an image correlate at "
+                f"{short(_median(effects))} in the median{beside_null}",
+                style="dim",
+            )
+        )
+    return Group(Text("Fidelity in the live models", style="bold"), table, *lines)
+
+
+def _labels(metrics: Metrics) -> Text | None:
+    found = metrics.get("labels")
+    if not found or not finite(found["bound"]):
+        return None
+    said = f"Labels permuted {found['permutations']} times, the best latent reaches AUROC {short(found['bound'])}."
+    if finite(found["agreement"]):
+        said += (
+            f" Of {found['n_agreement']:,} universal latents {100 * found['agreement']:.0f} % have the same best label "
+            f"in all models ({100 * found['agreement_chance']:.0f} % by chance)."
+        )
+    return Text(said, style="dim")
+
+
+def _recovered(found: Metrics, source: str, target: str) -> str:
+    share, top = found["share_recovered"][source][target], found["top1_recovered"][source][target]
+    if finite(share) or finite(top):
+        return f"{short(share)} ({short(top)})"
+    cosine = found["cosine"][source][target]
+    return f"cosine {short(cosine)}" if finite(cosine) else "–"
+
+
+def _less(trained: Metrics) -> dict[str, Any]:
+    """Return the controls that should share less than the run, which its headline stands beside."""
+    return {name: control for name, control in trained.items() if not name.endswith(" twice")}
+
+
+def _null_name(null: Metrics) -> str:
+    return f"shuffled within {null['within']}" if null["within"] else "shuffled"
+
+
+def _cross(r2: Mapping[str, Mapping[str, float | None]], sites: Sequence[str]) -> str:
+    cells = [r2[source][target] for source, target in permutations(sites, 2)]
+    if len(cells) <= 2:
+        return " ".join(short(cell) for cell in cells)
+    return _span([cell for cell in cells if finite(cell)])
+
+
+def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    low, high = short(min(values)), short(max(values))
+    return low if low == high else f"{low}–{high}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:,.0f}" if mean == round(mean) or mean >= 9.95 else f"{mean:.1f}"
+
+
+def _median(values: Sequence[float]) -> float | None:
+    ranked = sorted(values)
+    middle = len(ranked) // 2
+    return None if not ranked else ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
+
+
+def _three(value: float | None) -> str:
+    if not finite(value):
+        return "–"
+    return f"{value:.3f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def _with_null(value: float | None, null: float | None) -> str:
+    return f"{short(value)} ({short(null)})" if finite(value) and finite(null) else short(value)
+
+
+def _short_name(site: str, n: int) -> str:
+    longest = max(10, 44 // n)
+    return site if len(site) <= longest else f"…{site[-(longest - 1) :]}"
+
+
+def _grid(headings: Sequence[str]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold", ratio=1)
+    for _ in headings[1:]:
+        table.add_column(justify="right", no_wrap=True)
+    table.add_row(*(Text(heading, style="dim") for heading in headings))
+    return table
