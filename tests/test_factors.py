@@ -43,6 +43,10 @@ def annotation(name: str, values: np.ndarray, n: int | None = None) -> Annotatio
     return Annotation(name, values.astype(np.int64), [f"{name}{v}" for v in range(n)])
 
 
+def names_and_scores(follows: list[Follows | None]) -> list[tuple | None]:
+    return [found and tuple(found[:3]) for found in follows]
+
+
 @pytest.fixture
 def rate_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rate values that a single image has: small cases are easier to follow."""
@@ -58,7 +62,10 @@ def test_by_hand(rate_all: None) -> None:
     z = np.array([0, 0, 2, 2, 0, 5], dtype=np.float32)[:, None]
     scores = scores_of({"m/a": z}, [annotation("x", np.array([0, 1, 0, 1, 1, 0]))])
     assert scores.auroc("m/a").tolist() == [pytest.approx([6.5 / 9, 2.5 / 9])]
-    assert scores.follows() == [Follows("x", "x0", {"m/a": pytest.approx(6.5 / 9)})]
+    assert names_and_scores(scores.follows()) == [("x", "x0", {"m/a": pytest.approx(6.5 / 9)})]
+    # it fires in images 2, 3 and 5, of which 2 and 5 are a
+    assert scores.follows()[0].purity == {"m/a": pytest.approx(2 / 3)}
+    assert scores.follows()[0].best == {"m/a": "x=x0"}
 
 
 @settings(deadline=None, max_examples=40)
@@ -118,12 +125,21 @@ def test_latents_that_fire_on_a_value_and_nowhere_else() -> None:
     z["m/a"][:, 2] = hue == 3  # in one model only
     z["m/a"][:, 3], z["n/b"][:, 3] = hue == 1, hue == 2  # another value in each
     follows = scores_of(z, [annotation("shape", shape), annotation("hue", hue)]).follows()
-    assert follows[0] == Follows("shape", "shape4", {"m/a": 1.0, "n/b": 1.0})
-    assert follows[1] == Follows("hue", "hue7", {"m/a": 1.0, "n/b": 1.0})
-    assert follows[2] == Follows("hue", "hue3", {"m/a": 1.0, "n/b": 0.5})
+    assert names_and_scores(follows)[0] == ("shape", "shape4", {"m/a": 1.0, "n/b": 1.0})
+    assert names_and_scores(follows)[1] == ("hue", "hue7", {"m/a": 1.0, "n/b": 1.0})
+    assert names_and_scores(follows)[2] == ("hue", "hue3", {"m/a": 1.0, "n/b": 0.5})
     assert follows[3] is not None
     assert min(follows[3].auroc.values()) < 0.7
     assert follows[4] is None  # never fires
+    assert [found.best for found in follows[:4] if found] == [
+        {"m/a": "shape=shape4", "n/b": "shape=shape4"},
+        {"m/a": "hue=hue7", "n/b": "hue=hue7"},
+        {"m/a": "hue=hue3"},
+        {"m/a": "hue=hue1", "n/b": "hue=hue2"},
+    ]
+    assert [found.purity["m/a"] for found in follows if found][:3:2] == [1.0, 1.0]
+    assert follows[2].purity == {"m/a": 1.0, "n/b": None}
+    assert follows[1].purity["n/b"] == pytest.approx((hue == 7).mean(), abs=0.01)  # it fires nearly always
 
 
 def test_the_smaller_of_two_models_decides(rate_all: None) -> None:
@@ -173,9 +189,9 @@ def test_unknown_images_do_not_count() -> None:
     # the latent fires on ten images with value 1 and on all that nothing is known about
     labels = np.repeat([0, 1, -1], [20, 10, 30])
     z = {"m/a": (labels != 0)[:, None].astype(np.float32)}
-    assert scores_of(z, [annotation("x", labels)]).follows() == [Follows("x", "x1", {"m/a": 1.0})]
+    assert names_and_scores(scores_of(z, [annotation("x", labels)]).follows()) == [("x", "x1", {"m/a": 1.0})]
     nothing = [Annotation("x", np.full(60, -1), []), annotation("y", labels)]
-    assert scores_of(z, nothing).follows() == [Follows("y", "y1", {"m/a": 1.0})]
+    assert names_and_scores(scores_of(z, nothing).follows()) == [("y", "y1", {"m/a": 1.0})]
     assert scores_of(z, nothing[:1]).follows() == [None]
 
 
@@ -184,7 +200,9 @@ def test_rows_find_their_image() -> None:
     images = np.random.default_rng(0).permutation(500)[:200]
     labels = np.arange(500) % 2
     z = {"m/a": (labels[images] == 1)[:, None].astype(np.float32)}
-    assert scores_of(z, [annotation("x", labels)], images, chunk=33).follows() == [Follows("x", "x1", {"m/a": 1.0})]
+    assert names_and_scores(scores_of(z, [annotation("x", labels)], images, chunk=33).follows()) == [
+        ("x", "x1", {"m/a": 1.0})
+    ]
 
 
 def test_nothing_added_and_nothing_known() -> None:
@@ -234,3 +252,68 @@ def test_several_rows_of_an_image_are_as_one_with_their_largest_z(places: int) -
         np.testing.assert_array_equal(several.auroc(site), one.auroc(site))
     assert several.follows() == one.follows()
     assert several.n_images == one.n_images == 80
+
+
+class TestAgreement:
+    def test_by_hand(self, rate_all: None) -> None:
+        # four latents, each fires on one value in each model:
+        #   m/a:  x0 x1 x1 x2      n/b:  x0 x1 x2 x2      the same value in three of four
+        # by chance: p_a = (¼, ½, ¼), p_b = (¼, ¼, ½): ¼·¼ + ½·¼ + ¼·½ = 5/16
+        labels = np.repeat([0, 1, 2], 20)
+        z = {
+            "m/a": np.stack([labels == v for v in (0, 1, 1, 2)], 1),
+            "n/b": np.stack([labels == v for v in (0, 1, 2, 2)], 1),
+        }
+        scores = scores_of({site: values.astype(np.float32) for site, values in z.items()}, [annotation("x", labels)])
+        assert scores.agreement([0, 1, 2, 3]) == (0.75, pytest.approx(5 / 16), 4)
+        assert scores.agreement([0, 1]) == (1.0, pytest.approx(0.5), 2)
+
+    def test_latents_that_are_silent_in_a_model_are_left_out(self, rate_all: None) -> None:
+        labels = np.repeat([0, 1], 20)
+        z = {"m/a": np.stack([labels == 0, labels == 1], 1).astype(np.float32), "n/b": np.zeros((40, 2), np.float32)}
+        z["n/b"][labels == 0, 0] = 1
+        assert scores_of(z, [annotation("x", labels)]).agreement([0, 1]) == (1.0, 1.0, 1)
+
+    def test_nothing_to_compare(self) -> None:
+        labels = np.arange(60) % 2
+        one = scores_of({"m/a": np.ones((60, 2), dtype=np.float32)}, [annotation("x", labels)])
+        two = scores_of({site: np.ones((60, 2), dtype=np.float32) for site in SITES}, [annotation("x", labels)])
+        for found in (one.agreement([0, 1]), two.agreement([]), FactorScores(SITES, 3, []).agreement([0])):
+            assert np.isnan(found.share)
+            assert found.n == 0
+
+
+class TestBound:
+    def z(self, labels: np.ndarray, follows: bool, seed: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        z = {site: np.maximum(rng.normal(size=(400, 16)) - 0.5, 0).astype(np.float32) for site in SITES}
+        for values in z.values():
+            values[:, 3] += 2 * (follows & (labels == 1))
+        return z
+
+    def test_planted_and_null(self) -> None:
+        beyond = 0
+        for seed in range(12):
+            labels = np.random.default_rng(seed).integers(0, 4, 400)
+            for follows in (True, False):
+                scores = scores_of(self.z(labels, follows, seed), [annotation("x", labels)])
+                bound, best = scores.bound(20, seed), [found for found in scores.follows() if found]
+                above = [k for k, found in enumerate(best) if min(found.auroc.values()) > bound]
+                if follows:
+                    assert 3 in above
+                else:
+                    beyond += bool(above)
+        assert beyond <= 3  # about one in 21
+
+    def test_is_the_largest_of_what_permuted_labels_give(self) -> None:
+        labels, other = np.random.default_rng(0).integers(0, 3, 400), np.random.default_rng(1).integers(0, 2, 400)
+        z, draw, largest = self.z(labels, True, 0), np.random.default_rng((7, 4)), 0.0
+        for _ in range(3):
+            order = draw.permutation(400)
+            permuted = scores_of(z, [annotation("x", labels[order]), annotation("y", other[order])])
+            largest = max(largest, np.min([permuted.auroc(site) for site in SITES], axis=0).max())
+        found = scores_of(z, [annotation("x", labels), annotation("y", other)]).bound(3, 7)
+        assert found == pytest.approx(largest, abs=1e-12)
+
+    def test_nothing_rated(self) -> None:
+        assert np.isnan(FactorScores(SITES, 3, []).bound())

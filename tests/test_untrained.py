@@ -85,12 +85,11 @@ def test_every_parameter_changes_and_the_seed_decides_how(build: Callable[[], nn
         assert parameter.dtype == before[name].dtype
         assert parameter.requires_grad == flags[name]
     torch.rand(5)  # where the generator outside is does not matter
-    reinitialise(second, seed=1)
-    assert all(torch.equal(value, bits(second)[name]) for name, value in bits(first).items())
-    reinitialise(other, seed=2)
-    drawn = {name for name, value in bits(first).items() if value.dim() > 1 and value.unique().numel() > 2}
+    one, same, another = bits(first), bits(reinitialise(second, seed=1)), bits(reinitialise(other, seed=2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    drawn = {name for name, value in one.items() if value.dim() > 1 and value.unique().numel() > 2}
     assert drawn
-    assert all(not torch.equal(bits(first)[name], bits(other)[name]) for name in drawn)
+    assert all(not torch.equal(one[name], another[name]) for name in drawn)
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)

@@ -23,11 +23,30 @@ class Follows(NamedTuple):
         factor: the factor's name.
         value: the value's name.
         auroc: AUROC of the latent's code for that value, by class site.
+        purity: of the images (with a known value of the factor) in which the site fires the latent, the share that has
+            the value, by class site; None where it fires in none.
+        best: `factor=value` that the site's own code follows best, by each class site that fires the latent.
     """
 
     factor: str
     value: str
     auroc: dict[str, float]
+    purity: dict[str, float | None]
+    best: dict[str, str]
+
+
+class LabelAgreement(NamedTuple):
+    """Whether sites agree on what latents follow.
+
+    Attributes:
+        share: of the latents, those whose best value is the same in all sites; NaN without any.
+        chance: the same share if each site's best values were paired with the others' at random.
+        n: latents that have a best value in every site.
+    """
+
+    share: float
+    chance: float
+    n: int
 
 
 class Fires(NamedTuple):
@@ -103,6 +122,8 @@ class FactorScores:
         self.n_images = 0
         self._images: list[np.ndarray] = []
         self._fires: dict[str, list[Fires]] = {site: [] for site in self.sites}
+        self._in_order: dict[str, bool] = {}
+        self._auroc: dict[str, np.ndarray] = {}
 
     def add(self, codes: Mapping[str, Codes], image_index: np.ndarray) -> None:
         """Add the codes of the same rows by every site, the rows of one image together and in one call.
@@ -116,6 +137,7 @@ class FactorScores:
                     f"annotation '{one.name}' has {len(one.values)} values, none for image {image_index.max()}",
                     hint="give the annotations of the image source that was harvested",
                 )
+        self._auroc.clear()
         begins = image_begins(image_index)
         number = self.n_images + np.repeat(np.arange(len(begins)), np.diff(begins, append=len(image_index)))
         self._images.append(image_index[begins])
@@ -125,6 +147,7 @@ class FactorScores:
             latents = indices[rows, entries].astype(np.int32)
             fires = Fires(latents, values[rows, entries], number[rows].astype(np.int32))
             self._fires[site].append(fires if len(begins) == len(image_index) else fires.largest())
+            self._in_order[site] = False
         self.n_images += len(begins)
 
     @property
@@ -133,11 +156,16 @@ class FactorScores:
         counts = [_with_and_without(self._labels_of(one), len(one.names)) for one in self.annotations]
         return sum(int((np.minimum(*both) >= MIN_IMAGES).sum()) for both in counts)
 
+    @property
+    def names(self) -> list[str]:
+        """All values of all annotations, one after the other, as `factor=value`."""
+        return [f"{annotation.name}={value}" for annotation in self.annotations for value in annotation.names]
+
     def auroc(self, site: str) -> np.ndarray:
         """Return `auroc` for every value of every annotation, one after the other, [n_latents, values]."""
-        fires = Fires(*(np.concatenate(parts) for parts in zip(*self._fires[site], strict=True))).sorted()
-        tables = [auroc(fires, self._labels_of(one), self.n_latents, len(one.names)) for one in self.annotations]
-        return np.hstack(tables)
+        if site not in self._auroc:
+            self._auroc[site] = self._tables(site, [self._labels_of(one) for one in self.annotations])
+        return self._auroc[site]
 
     def follows(self) -> list[Follows | None]:
         """Return, per latent, the value whose smallest AUROC over the sites is largest.
@@ -151,16 +179,104 @@ class FactorScores:
         found: list[Follows | None] = [None] * self.n_latents
         if not self.n_values:
             return found
-        scores = np.nan_to_num(np.stack([self.auroc(site) for site in self.sites]), nan=-1.0)
+        scores = np.stack([np.nan_to_num(self.auroc(site), nan=-1.0) for site in self.sites])
         smallest = scores.min(0)
         equals = smallest == smallest.max(1, keepdims=True)
         best = np.where(equals, scores.sum(0), -np.inf).argmax(1)
         names = [(annotation.name, value) for annotation in self.annotations for value in annotation.names]
-        fired = np.unique(np.concatenate([fires.latent for parts in self._fires.values() for fires in parts]))
+        own, purity = self._best(), {site: self._purity(site) for site in self.sites}
+        fired = np.unique(np.concatenate([self._sorted(site).latent for site in self.sites]))
         for k in fired.tolist():
-            (factor, value), column = names[best[k]], scores[:, k, best[k]].tolist()
-            found[k] = Follows(factor, value, dict(zip(self.sites, column, strict=True)))
+            at = best[k]
+            factor, value = names[at]
+            found[k] = Follows(
+                factor,
+                value,
+                auroc={site: scores[i, k, at].item() for i, site in enumerate(self.sites)},
+                purity={site: None if np.isnan(p := purity[site][k, at]) else p.item() for site in self.sites},
+                best={site: self.names[own[site][k]] for site in self.sites if own[site][k] >= 0},
+            )
         return found
+
+    def agreement(self, latents: Sequence[int]) -> LabelAgreement:
+        """Say for which share of some latents all sites' codes follow the same value best, each by itself.
+
+            chance = Σ_v Π_i p_i(v),   p_i(v) = share of the latents that site i follows best for value v
+
+        Args:
+            latents: the universal ones, say.
+        """
+        chosen = np.asarray(list(latents), dtype=np.int64)
+        if not self.n_values or len(self.sites) < 2:
+            return LabelAgreement(float("nan"), float("nan"), 0)
+        best = np.stack([own[chosen] for own in self._best().values()])
+        best = best[:, (best >= 0).all(0)]
+        if not best.shape[1]:
+            return LabelAgreement(float("nan"), float("nan"), 0)
+        shares = np.stack([np.bincount(row, minlength=len(self.names)) / len(row) for row in best])
+        same = (best == best[0]).all(0)
+        return LabelAgreement(float(same.mean()), float(shares.prod(0).sum()), best.shape[1])
+
+    def bound(self, permutations: int = 20, seed: int = 0) -> float:
+        """Return what AUROC in all sites the best of all latents reaches for any value by chance.
+
+        Labels are permuted over images, those of all annotations together; of every permutation the largest over
+        latents and values of the smallest AUROC over sites is taken, and of these the largest. A latent above it
+        follows its value at a family-wise level of about 1 / (permutations + 1).
+
+        Args:
+            permutations: how many.
+            seed: of the permutations.
+
+        Returns:
+            NaN where no value is rated.
+        """
+        if not self.n_values or not self.n_images:
+            return float("nan")
+        labels, draw = [self._labels_of(one) for one in self.annotations], np.random.default_rng((seed, 4))
+        largest = 0.0
+        for _ in range(permutations):
+            order = draw.permutation(self.n_images)
+            smallest = np.min(
+                [np.nan_to_num(self._tables(site, [of[order] for of in labels]), nan=0.0) for site in self.sites],
+                axis=0,
+            )
+            largest = max(largest, float(smallest.max()))
+        return largest
+
+    def _best(self) -> dict[str, np.ndarray]:
+        """Return by site the value that each latent follows best there, [n_latents]; −1 where it never fires."""
+        found = {}
+        for site in self.sites:
+            best = np.nan_to_num(self.auroc(site), nan=-1.0).argmax(1)
+            fired = np.bincount(self._sorted(site).latent, minlength=self.n_latents) > 0
+            found[site] = np.where(fired, best, -1)
+        return found
+
+    def _purity(self, site: str) -> np.ndarray:
+        """Return the share of a site's fires that has each value, [n_latents, values]; NaN without fires."""
+        fires, tables = self._sorted(site), []
+        for one in self.annotations:
+            labels, n = self._labels_of(one)[fires.row], len(one.names)
+            known = labels >= 0
+            key = fires.latent[known].astype(np.int64) * n + labels[known]
+            counts = np.bincount(key, minlength=self.n_latents * n).reshape(self.n_latents, n)
+            total = counts.sum(1, keepdims=True)
+            tables.append(np.where(total > 0, counts / np.maximum(total, 1), np.nan))
+        return np.hstack(tables)
+
+    def _tables(self, site: str, labels: Sequence[np.ndarray]) -> np.ndarray:
+        fires = self._sorted(site)
+        sizes = [len(one.names) for one in self.annotations]
+        return np.hstack([auroc(fires, of, self.n_latents, n) for of, n in zip(labels, sizes, strict=True)])
+
+    def _sorted(self, site: str) -> Fires:
+        """Return a site's fires, sorted; once for all that ask for them."""
+        if len(self._fires[site]) != 1 or not self._in_order.get(site):
+            parts = self._fires[site]
+            joined = Fires(*(np.concatenate(part) for part in zip(*parts, strict=True))).sorted()
+            self._fires[site], self._in_order[site] = [joined], True
+        return self._fires[site][0]
 
     def _labels_of(self, annotation: Annotation) -> np.ndarray:
         return np.concatenate([annotation.values[images] for images in self._images] or [np.empty(0, dtype=np.int64)])
