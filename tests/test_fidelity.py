@@ -71,6 +71,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.embed, self.cls = nn.Linear(3, 6), nn.Parameter(torch.randn(1, 1, 6))
         self.layer, self.head = Does(lambda t: t * 1), nn.Linear(6, 3)
+        nn.init.normal_(self.head.weight, std=2.0)
 
     def forward(self, x: Tensor) -> Tensor:
         places = self.embed(x.flatten(2).transpose(1, 2))
@@ -79,7 +80,10 @@ class Tokens(nn.Module):
 
 
 def drawings(n: int = N, seed: int = 0, side: int = SIDE) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+    """Noise about a colour of each picture's own."""
+    rng = np.random.default_rng(seed)
+    colours, noise = rng.uniform(0, 1, (n, 1, 1, 3)), rng.uniform(0, 1, (n, side, side, 3))
+    return (255 * (0.7 * colours + 0.3 * noise)).astype(np.uint8)
 
 
 def indexed(path: Path, n: int = N, **how: Any) -> ActivationBuffer:
@@ -281,7 +285,7 @@ def test_places_of_the_common_grid_equal_plain_hooks(tmp_path: Path) -> None:
         sites = ["a/0@patch", "b/0@patch"]
         found = fidelity(usae, [model_a, model_b], buffer, open_source(pictures), sites=sites, batch_size=5)
         same = fidelity(exact([model_a, model_b], pictures, grid), [model_a, model_b], buffer, open_source(pictures),
-                        sites=sites, batch_size=5, least=0)  # fmt: skip
+                        sites=sites, batch_size=5, least=0.0)  # fmt: skip
         held_out = pictures[np.sort(buffer.read("holdout").image_index)]
         inputs = inputs_of(model_a, held_out)
     assert same.kl[sites[0]][sites[0]] == pytest.approx(0, abs=1e-10)
@@ -348,7 +352,9 @@ def pixels(*reds: int) -> np.ndarray:
 
 
 def raw(module: nn.Module, name: str = "m", layers: Sequence[str] = ("1",)) -> HookedModel:
-    return attach(module.eval(), name=name, image_size=1, mean=(0, 0, 0), std=(1, 1, 1), layers=list(layers))
+    return attach(
+        module.eval(), name=name, image_size=1, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), layers=list(layers)
+    )
 
 
 class TestByHand:
@@ -541,33 +547,40 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-HEADS: list[tuple[str, Callable[[], nn.Module], str, bool]] = [
-    ("the last is Linear", linear_net, "1", True),
-    ("then softmax", lambda: nn.Sequential(*linear_net(), nn.Dropout(), nn.Softmax(1)), "1", True),
-    ("then an activation", body, "1", False),
-    ("one output", lambda: linear_net(classes=1), "1", False),
-    ("a map", lambda: nn.Conv2d(3, 4, 1), "", False),
-    ("1x1 convolution", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU(),
-                                              nn.AdaptiveAvgPool2d(1), nn.Flatten()), "0", True),
-    ("another convolution", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "0", False),
-    ("num_classes", lambda: Wrapped(body(), same, num_classes=6), "inner.1", True),
-    ("num_classes 0", lambda: Wrapped(linear_net(), same, num_classes=0), "inner.1", False),
-    ("another number", lambda: Wrapped(linear_net(), same, num_classes=9), "inner.1", True),
-    ("config", lambda: Wrapped(body(), same, config=SimpleNamespace(num_labels=6)), "inner.1", True),
-    ("config of another", lambda: Wrapped(linear_net(), same, config=SimpleNamespace(num_labels=2)), "inner.1", False),
-    ("logits by name", lambda: Wrapped(body(), lambda x: {"hidden": x * 2, "logits": x}), "inner.1", True),
-    ("pooled by name", lambda: Wrapped(body(), lambda x: {"last_hidden_state": x[:, None], "pooler_output": x}),
-     "inner.1", False),
-    ("a tuple", lambda: Wrapped(linear_net(), lambda x: (x, x * 2)), "inner.1", True),
-    ("timm", lambda: timm.create_model("resnet10t", channels=(4, 4, 4, 4), stem_width=4, num_classes=5), "layer4", True),
-    ("timm without", lambda: timm.create_model("resnet10t", channels=(4, 4, 4, 4), stem_width=4, num_classes=0), "layer4",
-     False),
-]  # fmt: skip
+def convolved(*end: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *end, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.mark.parametrize(
-    ("make", "layer", "expected"), [case[1:] for case in HEADS if case[2]], ids=[c[0] for c in HEADS if c[2]]
-)
+def resnet(num_classes: int) -> nn.Module:
+    tiny: nn.Module = timm.create_model("resnet10t", channels=(4, 4, 4, 4), stem_width=4, num_classes=num_classes)
+    return tiny
+
+
+def labelled(n: int) -> SimpleNamespace:
+    return SimpleNamespace(num_labels=n)
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], str, bool]] = {
+    "the last is Linear": (linear_net, "1", True),
+    "then softmax": (lambda: nn.Sequential(*linear_net(), nn.Dropout(), nn.Softmax(1)), "1", True),
+    "then an activation": (body, "1", False),
+    "one output": (lambda: linear_net(classes=1), "1", False),
+    "1x1 convolution": (lambda: convolved(nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU()), "0", True),
+    "another convolution": (convolved, "0", False),
+    "num_classes": (lambda: Wrapped(body(), same, num_classes=6), "inner.1", True),
+    "num_classes 0": (lambda: Wrapped(linear_net(), same, num_classes=0), "inner.1", False),
+    "another number": (lambda: Wrapped(linear_net(), same, num_classes=9), "inner.1", True),
+    "config": (lambda: Wrapped(body(), same, config=labelled(6)), "inner.1", True),
+    "config of another": (lambda: Wrapped(linear_net(), same, config=labelled(2)), "inner.1", False),
+    "logits by name": (lambda: Wrapped(body(), lambda x: {"hidden": x * 2, "logits": x}), "inner.1", True),
+    "pooled": (lambda: Wrapped(body(), lambda x: {"hidden": x, "pooler_output": x}), "inner.1", False),
+    "a tuple": (lambda: Wrapped(linear_net(), lambda x: (x, x * 2)), "inner.1", True),
+    "timm": (lambda: resnet(5), "layer4", True),
+    "timm without": (lambda: resnet(0), "layer4", False),
+}
+
+
+@pytest.mark.parametrize(("make", "layer", "expected"), HEADS.values(), ids=list(HEADS))
 def test_which_models_have_a_head(make: Callable[[], nn.Module], layer: str, expected: bool) -> None:
     from usae_probe.probes.splicing import live_sites
 
@@ -612,7 +625,7 @@ def planted(models: Sequence[HookedModel], pictures: np.ndarray) -> USAE:
     """Latent k is the positive part of dimension k in both sites."""
     rows = {site: x for model in models for site, x in rows_of(model, pictures).items()}
     usae = USAE(
-        {site: 6 for site in rows}, 6, 6, normalisation={site: (x.mean(0).float(), 0.5) for site, x in rows.items()}
+        dict.fromkeys(rows, 6), 6, 6, normalisation={site: (x.mean(0).float(), 0.5) for site, x in rows.items()}
     )
     with torch.no_grad():
         for i, site in enumerate(usae.sites):
@@ -628,7 +641,7 @@ def test_a_shared_latent_has_correlated_effects_and_its_null_has_not(tmp_path: P
         usae = planted([a, b], pictures)
         found = fidelity(usae, [a, b], buffer, open_source(pictures), sites=sites, latents=range(6))
     shared, *others = found.latents
-    assert shared.correlation > 0.9
+    assert shared.correlation > 0.85
     assert shared.spearman > 0.9
     assert abs(shared.null_correlation) < 0.35  # of 64 images: 1/8 is one standard deviation
     assert abs(shared.null_spearman) < 0.35
@@ -650,10 +663,9 @@ def ranks(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int) -> None:
     pictures, buffer = drawings(), indexed(tmp_path)
-    modules = {"a/1": linear_net(), "b/0@patch": conv_net(), "c/0@patch": conv_net(width=4)}
     modules = {"a/0": conv_net(), "b/0": conv_net(width=4), "c/0": conv_net(width=5)}
     models = [hook(module, site[0], layers=["0"]) for site, module in modules.items()]
-    usae, sites, latents = some(models, pictures), list(modules), [11, 2, 17, 5]
+    usae, sites, latents = some(models, pictures), list(modules), list(range(20))
     found = fidelity(
         usae, models, buffer, open_source(pictures), sites=sites, latents=latents, batch_size=batch_size, seed=3
     )
@@ -685,7 +697,7 @@ def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int) -> None:
                 expected = np.mean([pearson(x, y) for x, y in of]) if of else math.nan
                 assert value == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
             spearman = np.mean([pearson(ranks(x), ranks(y)) for x, y in together]) if together else math.nan
-            assert record.spearman == pytest.approx(spearman, abs=0.02, nan_ok=True)  # ties at 0 up to rounding
+            assert record.spearman == pytest.approx(spearman, abs=1e-6, nan_ok=True)
     assert sum(math.isfinite(record.correlation) for record in found.latents) >= 2
 
 
@@ -708,6 +720,32 @@ def test_ablation_at_every_place_of_the_common_grid(tmp_path: Path) -> None:
                 plain_kl(module(inputs), other).mean(), rel=1e-4, abs=1e-9
             )
             assert record.n_firing["m/0@patch"] == (z.reshape(-1, 4, 20)[:, :, record.latent] > 0).any(1).sum()
+
+
+def test_codes_of_any_width_in_any_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one image in several chunks, and rows with different numbers of active latents."""
+    pictures, buffer = drawings(), indexed(tmp_path)
+    modules = {"a": conv_net(), "b": conv_net(stride=2, width=5)}
+    models = [hook(module, name, layers=["0@patch"]) for name, module in modules.items()]
+    given = some(models, pictures, grid=(2, 2))
+    norms = {s: (given.mean[c].float(), float(given.scale[i])) for i, (s, c) in enumerate(given.columns.items())}
+    usae = USAE(given.d_in, 20, 3, normalisation=norms, grid=(2, 2), sparsity="l1").double()
+    widths = {usae.encode(x, s).values.shape[1] for m in models for s, x in rows_of(m, pictures[:3], (2, 2)).items()}
+    assert widths != {3}
+    how: dict[str, Any] = {"sites": list(usae.sites), "latents": range(20), "batch_size": 5}
+    whole = fidelity(usae, models, buffer, open_source(pictures), **how)
+    monkeypatch.setattr("usae_probe.probes.fidelity.CHUNK_ROWS", 3)
+    monkeypatch.setattr("usae_probe.probes.ablation.CHUNK_ROWS", 3)
+    parts = fidelity(usae, models, buffer, open_source(pictures), **how)
+    for model in models:
+        model.close()
+    for source in usae.sites:
+        assert parts.kl[source] == pytest.approx(whole.kl[source], rel=1e-9)
+    for one, other in zip(parts.latents, whole.latents, strict=True):
+        assert one.n_firing == other.n_firing
+        assert one.effect == pytest.approx(other.effect, rel=1e-6, abs=1e-12)
+        assert one.null_correlation == pytest.approx(other.null_correlation, rel=1e-6, nan_ok=True)
+    assert len({tuple(record.n_firing.values()) for record in whole.latents}) > 3
 
 
 # ---- images, models and messages -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.errors import BufferIntegrityError, SiteError, UsageError
-from usae_probe.probes import matching, rows
+from usae_probe.probes import matching
 from usae_probe.probes.matching import (
     Counterparts,
     FoundAgain,
@@ -126,7 +126,7 @@ def test_either_side_alone_makes_it_greedy(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nan_counts_as_minus_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # −1 for NaN: −1 + .9 = −.1 against −.5 + −.5 = −1; were it 0 below, .1 + NaN would win over −.5 + .4
+    # −1 + .9 = −.1 > −.5 − .5 = −1; then −1 + .1 = −.9 < −.5 + .4 = −.1, where 0 for NaN would give 0 + .1 > −.1
     score = np.array([[np.nan, -0.5], [-0.5, 0.9]])
     assert match(score)[1].tolist() == [0, 1]
     score = np.array([[np.nan, -0.5], [0.4, 0.1]])
@@ -174,7 +174,7 @@ def test_codes_are_those_of_the_usae(
 
 
 def test_fewer_rows_are_spread_over_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "CHUNK_ROWS", 3)
+    monkeypatch.setattr("usae_probe.probes.rows.CHUNK_ROWS", 3)
     buffer, usae = made(tmp_path), USAE(DIMS, 40, 4)
     every = code_matrix(usae, "m/a", buffer, "holdout").toarray()
     # of 160 rows, 8: 0, 20, 40, …
@@ -306,7 +306,7 @@ def test_found_again_under_other_numbers_and_not_among_strangers() -> None:
     every = list(range(100))
     same = permuted(usae, np.random.default_rng(0).permutation(100))
     assert found_again(usae, same, every, every) == FoundAgain(1.0, 100, 0.7)
-    # one of 10⁴ pairs has cosine ≥ .7 in 24 AND in 32 dimensions by chance: about 2 in 10⁴ · 10⁻⁵
+    # by chance a cosine is ≥ .7 about once in 10⁴ pairs of 24 dimensions, in 10⁵ of 32: in both, never in 10⁴ pairs
     assert found_again(usae, USAE(DIMS, 100, 4, seed=2), every, every).share == 0
 
 

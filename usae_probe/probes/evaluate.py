@@ -17,7 +17,7 @@ from ..usae import USAE, ReconstructionSums
 from .factors import FactorScores, Follows
 from .firing import Fires, FiringCounts
 from .intervals import ImageGroups, Resamples
-from .linear import LinearReference, linear_reference
+from .linear import EVAL_ROWS, LinearReference, linear_reference
 from .nulls import KeptFires, NullCounts
 from .reconstruction import HeldOutSums
 from .records import LatentRecord, PairRecord
@@ -64,7 +64,10 @@ def evaluate(
     check_rows(buffer, split)
     measuring = _Measuring(usae, buffer, class_sites, annotations, split, config)
     n_train = min(buffer.n_rows("train"), config.train_rows)
-    done = RowProgress(progress, buffer.n_rows(split) + n_train)
+    several = len(usae.sites) > 1
+    with_linear = several and config.linear and buffer.n_images("train") > 1
+    n_linear = len(usae.sites) * (n_train + min(buffer.n_rows(split), EVAL_ROWS)) if with_linear else 0
+    done = RowProgress(progress, buffer.n_rows(split) + n_train + n_linear)
     for rows in whole_images(buffer, split, usae.sites):
         measuring.add(rows.values, rows.image_index, rows.token_index)
         done.add(rows.n)
@@ -73,9 +76,17 @@ def evaluate(
         training.add(rows.values)
         done.add(rows.n)
     linear, alike = None, None
-    if len(usae.sites) > 1 and config.linear and n_train > 1:
-        linear = linear_reference(buffer, usae.sites, split=split, train_rows=config.train_rows, seed=config.seed)
-    if len(usae.sites) > 1 and config.similarity_images:
+    if with_linear:
+        before = done.done
+        linear = linear_reference(
+            buffer,
+            usae.sites,
+            split=split,
+            train_rows=config.train_rows,
+            seed=config.seed,
+            progress=lambda now, _: done.add(before + now - done.done),
+        )
+    if several and config.similarity_images:
         alike = similarity(
             buffer,
             usae.sites,

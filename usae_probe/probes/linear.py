@@ -17,6 +17,9 @@ from .rows import RowProgress, check_rows, some_rows
 PENALTIES = np.logspace(-5, 1, 19)
 """λ / (n · mean variance of the source's dimensions) that are tried."""
 
+EVAL_ROWS = 100_000
+"""Measured rows, at most."""
+
 Columns = Mapping[str, slice]
 """Where each site's dimensions are in the stacked row of all sites."""
 
@@ -43,7 +46,7 @@ def linear_reference(
     *,
     split: SplitName = "holdout",
     train_rows: int = 20_000,
-    eval_rows: int = 100_000,
+    eval_rows: int = EVAL_ROWS,
     folds: int = 5,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,

@@ -47,6 +47,10 @@ class LabelFacts(NamedTuple):
     agreement_chance: float
     n_agreement: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for `metrics.json`."""
+        return {key: finite(value) if isinstance(value, float) else value for key, value in self._asdict().items()}
+
 
 @dataclass(frozen=True)
 class UniversalityReport:
@@ -208,7 +212,7 @@ class UniversalityReport:
             "nulls": [null.to_dict() for null in self.nulls],
             "universal_energy": {site: finite(share) for site, share in self.universal_energy.items()},
             "platonic": self.platonic,
-            "labels": self.labels and {key: finite(value) for key, value in self.labels._asdict().items()},
+            "labels": self.labels.to_dict() if self.labels else None,
             "fidelity": self.fidelity.to_dict() if self.fidelity else None,
             **(self.controls.to_dict() if self.controls else {}),
         }

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..probes import UniversalityReport
-from ..usae import Matrix, sources_of
-from .style import cycle, new_figure, save
+from ..probes.fidelity import Fidelity
+from ..probes.linear import LinearReference
+from ..usae import sources_of
+from .heat_maps import Layout, Panel, matrices
+from .style import cycle, new_figure, percent, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,21 +20,50 @@ if TYPE_CHECKING:
 
 
 def r2_matrix(report: UniversalityReport, path: Path) -> None:
-    """Draw R² of every source site (rows) to every target site (columns), held-out beside training rows."""
-    size = len(report.sites)
-    figure = new_figure((4.2 + 1.5 * size, 1.9 + 0.55 * size))
-    axes = figure.subplots(1, 2, sharey=True)
-    panels = (
-        ("held-out rows", report.n_rows_eval, report.r2),
-        ("training rows", report.n_rows_train, report.r2_train),
-    )
-    for axis, (name, n, matrix) in zip(axes, panels, strict=True):
-        _heat_map(axis, matrix, report.sites)
-        axis.set_title(f"{name} (n = {n:,})", fontsize=10)
-        axis.set_xlabel("decoded to")
-    axes[0].set_ylabel("code of")
-    figure.suptitle("R² of reconstruction, about the per-dimension mean", fontsize=11)
-    save(figure, path)
+    """Draw R² of every source site (rows) to every target site (columns), held-out beside training rows.
+
+    Below a held-out value stands its 95 % interval; a third matrix is the linear reference, with the share of it that
+    the USAE reaches.
+    """
+    save(r2_figure(report), path)
+
+
+def r2_figure(report: UniversalityReport) -> Figure:
+    """Return the figure of `r2_matrix`."""
+    kind = rows_measured(report)
+    n_panels = 2 + _has_numbers(report.linear)
+    digits = 3 if Layout.of(report.sites, n_panels).cell[0] > 0.7 else 2  # else they would be too small to read
+    ends = {
+        source: {target: f"[{short(low, digits)}, {short(high, digits)}]" for target, (low, high) in row.items()}
+        for source, row in (report.r2_interval or {}).items()
+    }
+    panels = [
+        Panel(f"USAE, {kind} rows\n(n = {report.n_rows_eval:,})", report.r2, ends or None),
+        Panel(f"USAE, training rows\n(n = {report.n_rows_train:,})", report.r2_train),
+    ]
+    notes = ["R² = 1 − SSE / SST about the per-dimension mean of the same rows; 0: no better than that mean."]
+    if ends:
+        notes.append(f"In brackets: 95 % interval, {kind} images resampled.")
+    linear, share = report.linear, report.r2_share
+    if linear and share and _has_numbers(linear):
+        reached = {
+            s: {t: f"({percent(v)})" if math.isfinite(v) else "" for t, v in r.items()} for s, r in share.items()
+        }
+        panels.append(Panel(f"ridge regression, {kind} rows\n(n = {linear.n_rows_eval:,})", linear.r2, reached))
+        notes.append(
+            f"Ridge regression, without a USAE, was fitted on {linear.n_rows_train:,} training rows; below its R², in "
+            "percent: the share of it that the USAE reaches."
+        )
+    return matrices(panels, report.sites, "R² of reconstruction, own code and other sites' codes", " ".join(notes))
+
+
+def _has_numbers(linear: LinearReference | None) -> bool:
+    return linear is not None and any(math.isfinite(value) for row in linear.r2.values() for value in row.values())
+
+
+def rows_measured(report: UniversalityReport | Fidelity) -> str:
+    """Return what the rows of a report, or its images, are called."""
+    return "held-out" if report.measured_on == "holdout" else report.measured_on
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -94,16 +126,3 @@ def _validation_lines(
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _heat_map(axis: Axes, matrix: Matrix, sites: Sequence[str]) -> None:
-    values = [[matrix[source][target] for target in sites] for source in sites]
-    axis.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
-    axis.set_xticks(range(len(sites)), sites, rotation=25, ha="right", fontsize=8)
-    axis.set_yticks(range(len(sites)), sites, fontsize=8)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            dark = value <= 0.6  # not so for NaN, which has no colour of its own: black on the white ground
-            text = f"{value:.3f}" if math.isfinite(value) else "–"
-            cell = axis.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
-            cell.set_in_layout(False)  # it lies inside: measuring hundreds of them takes seconds

@@ -1,7 +1,10 @@
-"""One style for all figures: colours that colour-blind readers can tell apart, and how a figure is made and saved."""
+"""One style for all figures: colours that colour-blind readers can tell apart, names and captions that fit."""
 
 from __future__ import annotations
 
+import math
+import textwrap
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,13 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe–Ito."""
+GREY = "#999999"
+CLASS_COLOURS = {"universal": COLOURS[0], "partial": COLOURS[4], "chance": GREY, "specific": COLOURS[2]}
+WIDE = 9.0
+"""Inches: the widest figure of an evaluation. At 1000 pixels its smallest print is still some 10 pixels high."""
+CAPTION = 8.0
+_LONG_NAME = 22
+_LINE = 36
 
 
 def cycle(n: int) -> list[str]:
@@ -35,3 +45,100 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def captioned(width: float, height: float, title: str, caption: str) -> Figure:
+    """Return an empty figure with a title above and, below, a caption that says what is drawn and of how much.
+
+    Args:
+        width: inches.
+        height: inches, for what is between title and caption.
+        title: one line.
+        caption: any length; it is broken into lines.
+    """
+    # Breaking by number of letters is near enough, as the mean letter is the caption's own.
+    letter = text_width(caption, CAPTION) / max(len(caption), 1)
+    for sign in "=−≥<":
+        caption = caption.replace(f" {sign} ", f"\xa0{sign}\xa0")  # no line ends there
+    lines = textwrap.wrap(caption, max(20, int(0.97 * (width - 0.2) / letter)), break_on_hyphens=False)
+    figure = new_figure((width, height + 0.35 + 0.165 * len(lines) + 0.1))
+    figure.suptitle(plain(title), fontsize=11)
+    figure.supxlabel(plain("\n".join(lines)), x=0.1 / width, ha="left", fontsize=CAPTION, color="0.25")
+    return figure
+
+
+@lru_cache(maxsize=4096)
+def text_width(text: str, size: float) -> float:
+    """Return how wide a text is, in inches, of its widest line; `size` in points."""
+    from matplotlib.textpath import TextPath
+
+    lines = [line for line in text.split("\n") if line.strip()]
+    return max((float(TextPath((0, 0), plain(line), size=size).get_extents().width) / 72 for line in lines), default=0)
+
+
+def plain(text: str) -> str:
+    r"""Return a text of which nothing is read as a formula.
+
+    >>> plain("a$b$")
+    'a\\$b\\$'
+    """
+    return text.replace("$", r"\$")
+
+
+def folded(name: str, line: int = _LINE) -> str:
+    r"""Break a name into lines: that of a site after its model, others at blanks, or else after a sign.
+
+    >>> folded("vit/blocks.8@mean")
+    'vit/blocks.8@mean'
+    >>> folded("vit_small_patch14_dinov2.lvd142m/blocks.10@mean")
+    'vit_small_patch14_dinov2.lvd142m/\nblocks.10@mean'
+    >>> folded("swin_tiny_patch4_window7_224.ms_in22k_ft_in1k/norm")
+    'swin_tiny_patch4_window7_224.\nms_in22k_ft_in1k/\nnorm'
+    """
+    if len(name) <= _LONG_NAME:
+        return plain(name)
+    model, slash, layer = name.partition("/")
+    rest = [layer, model + slash] if slash and " " not in name else [name]
+    lines = []
+    while rest:
+        part = rest.pop()
+        if len(part) > line:
+            at = part.rfind(" ", line // 2, line + 1) + 1 or max(part.rfind(sign, 1, line) for sign in " /.") + 1 or line
+            rest.append(part[at:])
+            part = part[:at]
+        lines.append(part.strip())
+    return plain("\n".join(lines))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Spell a number with a real minus; – where there is none.
+
+    >>> number(0.5), number(-0.07, 2), number(-0.0001), number(-1234.5), number(float("nan"))
+    ('0.500', '−0.07', '0.000', '−1234', '–')
+    """
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:z.{digits if abs(value) < 99.5 else 0}f}".replace("-", "−")
+
+
+def short(value: float, digits: int = 2) -> str:
+    """Spell a number without its leading zero.
+
+    >>> short(0.5), short(-0.07), short(1.0), short(12.3)
+    ('.50', '−.07', '1.00', '12.30')
+    """
+    text = number(value, digits)
+    return text.replace("0.", ".", 1) if abs(value) < 1 and text.lstrip("−").startswith("0.") else text
+
+
+def percent(share: float) -> str:
+    """Spell a share in percent.
+
+    >>> percent(0.5), percent(0.0123), percent(0.00004), percent(0.0), percent(float("nan"))
+    ('50 %', '1.2 %', '<0.1 %', '0 %', '–')
+    """
+    if not math.isfinite(share):
+        return "–"
+    if 0 < share < 0.0005:
+        return "<0.1 %"
+    return f"{number(100 * share, 1 if 0 < abs(share) < 0.0995 else 0)} %"
