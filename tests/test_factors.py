@@ -274,6 +274,19 @@ class TestAgreement:
         z["n/b"][labels == 0, 0] = 1
         assert scores_of(z, [annotation("x", labels)]).agreement([0, 1]) == (1.0, 1.0, 1)
 
+    def test_latents_of_unknown_images_follow_nothing(self, rate_all: None) -> None:
+        labels = np.repeat([0, 1, -1], 20)
+        z = {site: (labels == -1)[:, None].astype(np.float32) for site in SITES}
+        scores = scores_of(z, [annotation("x", labels)])
+        assert scores.agreement([0]).n == 0
+        (found,) = scores.follows()
+        assert found is not None
+        assert (found.best, found.purity) == ({}, {"m/a": None, "n/b": None})
+
+    def test_numbers_of_latents_are_checked(self) -> None:
+        with pytest.raises(UsageError, match=r"latents -1 to 0 were given: they are 0 to 2"):
+            FactorScores(SITES, 3, []).agreement([0, -1])
+
     def test_nothing_to_compare(self) -> None:
         labels = np.arange(60) % 2
         one = scores_of({"m/a": np.ones((60, 2), dtype=np.float32)}, [annotation("x", labels)])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from usae_probe.config import ProbesConfig
 from usae_probe.probes import CATEGORIES, FiringCounts, co_firing, firing_entropy
-from usae_probe.probes.universality import Classes, benjamini_hochberg, classify, split_latents
+from usae_probe.probes.chance import chance_by_place
+from usae_probe.probes.universality import Classes, benjamini_hochberg, classify, phi_by_place, split_latents
 from usae_probe.usae import Codes
 
 from . import oracles
@@ -130,6 +131,55 @@ class TestCoFiring:
         found = co_firing(np.array([4000]), np.array([4000]), np.array([4000]), 10_000)
         assert 0.0 <= found.p[0] < 1e-300
         assert found.phi[0] == pytest.approx(1.0)
+
+
+class TestPhiByPlace:
+    def table(self, a: np.ndarray, b: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Fires of a and of b, co-fires and rows by place, of [rows, latents] booleans."""
+        of = [place == p for p in range(place.max() + 1)]
+        return (*(np.stack([x[rows].sum(0) for rows in of]) for x in (a, b, a & b)), np.array([r.sum() for r in of]))
+
+    def test_by_hand(self) -> None:
+        # place 0: 4 rows, a fires in 2, b in 2, both in 2; place 1: 4 rows, a in 1, b in 3, both in 0
+        # Σ (c − a b / n) = (2 − 1) + (0 − 3/4) = .25
+        # Σ a (n − a) / n = 2 · 2/4 + 1 · 3/4 = 1.75, and the same of b: φ = .25 / 1.75 = 1/7
+        found = phi_by_place(*(np.array(x)[:, None] for x in ([2, 1], [2, 3], [2, 0])), np.array([4, 4]))
+        assert found[0] == pytest.approx(1 / 7, rel=1e-12)
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.integers(1, 80), st.integers(1, 6), st.integers(0, 2**20))
+    def test_oracle(self, n_rows: int, places: int, seed: int) -> None:
+        """Pearson's correlation of the two vectors once each has its mean at every place taken away."""
+        rng = np.random.default_rng(seed)
+        place = rng.integers(places, size=n_rows)
+        rates = rng.choice([0.0, 0.2, 0.7, 1.0], size=(places, 8))
+        common = rng.random((n_rows, 8))
+        a, b = (
+            np.where(rng.random((n_rows, 8)) < 0.5, rng.random((n_rows, 8)), common) < rates[place] for _ in range(2)
+        )
+        found = phi_by_place(*self.table(a, b, place))
+        for k in range(8):
+            x, y = (z[:, k].astype(float) for z in (a, b))
+            for at in set(place.tolist()):
+                x[place == at] -= x[place == at].mean()
+                y[place == at] -= y[place == at].mean()
+            spread = (x @ x) * (y @ y)
+            assert found[k] == pytest.approx(x @ y / math.sqrt(spread) if spread > 1e-9 else 0.0, abs=1e-9)
+
+    def test_one_place_is_the_plain_phi(self) -> None:
+        rng = np.random.default_rng(0)
+        a, b = (rng.random((50, 9)) < 0.4 for _ in range(2))
+        found = phi_by_place(*self.table(a, b, np.zeros(50, dtype=int)))
+        assert found == pytest.approx([oracles.phi(a[:, k], b[:, k]) for k in range(9)], abs=1e-12)
+
+    def test_what_fires_by_place_alone_does_not_correlate(self) -> None:
+        place = np.arange(120) % 3
+        at_0, at_0_or_1 = (place == 0)[:, None], (place <= 1)[:, None]
+        assert oracles.phi(at_0[:, 0], at_0[:, 0]) == 1.0
+        assert oracles.phi(at_0[:, 0], at_0_or_1[:, 0]) == pytest.approx(0.5)
+        assert phi_by_place(*self.table(at_0, at_0, place)).tolist() == [0.0]
+        assert phi_by_place(*self.table(at_0, at_0_or_1, place)).tolist() == [0.0]
+        assert phi_by_place(*(np.zeros((3, 2), dtype=int),) * 3, np.array([0, 5, 5])).tolist() == [0.0, 0.0]
 
 
 class TestBenjaminiHochberg:
@@ -263,11 +313,26 @@ class TestClasses:
         assert sum(int((found.category == name).sum()) for name in CATEGORIES) == len(found.category)
         assert found.category.tolist() == oracles.categories(fired, min_fires=min_fires)
 
+    def test_at_rates_of_ten_to_one_nothing_is_universal(self) -> None:
+        # 500 and 50 … 60 of 1,000, nested, is the largest entropy at that ratio: FE = .4395 < .9 whatever φ is
+        for fires in (50, 51):
+            found = classes_of([{A: rows(1000, (0, 10 * fires)), B: rows(1000, (0, fires))}])
+            assert found.entropy[0] == pytest.approx(0.43950, abs=1e-5)
+            assert found.pairs[A, B].phi[0] > 0.2
+            assert found.category[0] == "partial"
+
+    def test_nothing_is_positional_where_rows_are_images(self) -> None:
+        found = classes_of([{A: rows(1000, (0, 100)), B: rows(1000, (0, 100))}] * 3)
+        assert not found.positional.any()
+        assert np.isnan(found.pairs[A, B].phi_place).all()
+        assert np.isnan(found.pairs[A, B].p_place).all()
+
 
 class TestSplit:
     def made(self, categories: list[str], fires_in: list[list[bool]]) -> Classes:
         none = np.ones(len(categories))
-        return Classes(np.array(categories), np.array(fires_in).T, none, {}, {}, none)
+        positional = np.zeros(len(categories), dtype=bool)
+        return Classes(np.array(categories), positional, np.array(fires_in).T, none, {}, {}, none)
 
     def test_equal_rows_in_all_sites_are_marked(self) -> None:
         # 0 and 1: one in a, one in b, the same rows; 2 differs in b; 3 is universal; 4 fires in a as 0 does
@@ -380,3 +445,120 @@ class TestSeveralRowsPerImage:
         assert classify(counts, [A, B], ProbesConfig()).category.tolist() == ["universal", "rare"]
         # the ten drawn rows of latent 0 fire in both: p = 1 / C(100, 10)
         assert classify(counts, [A, B], ProbesConfig()).pairs[A, B].p[0] == pytest.approx(5.78e-14, rel=1e-3)
+
+
+class TestPlaces:
+    """400 images of 9 places: what co-fires by its place alone is not shared."""
+
+    N_IMAGES, N_PLACES = 400, 9
+    BY_PLACE, BY_CONTENT, BOTH, UNRELATED, EDGE = range(5)
+
+    def fired(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """[rows, 5] by site.
+
+        0: at place 0 of every image, and at 2 % of the other rows at random; 1: at the same random tenth of the rows;
+        2: at place 0 of the same half of the images; 3: at random; 4: nine tenths of the rows at places 0, 1, 2.
+        """
+        rng = np.random.default_rng(seed)
+        shape = (self.N_IMAGES, self.N_PLACES)
+        at_0 = np.broadcast_to(np.arange(self.N_PLACES) == 0, shape)
+        edge = np.broadcast_to(np.arange(self.N_PLACES) <= 2, shape)
+        content, half = rng.random(shape) < 0.1, rng.random((self.N_IMAGES, 1)) < 0.5
+        found = {}
+        for site in (A, B):
+            own = rng.random(shape)
+            kinds = [at_0 | (own < 0.02), content, at_0 & half, own < 0.1, edge & (own < 0.9)]
+            found[site] = np.stack([kind.reshape(-1) for kind in kinds], axis=1)
+        return found
+
+    def counted(self, fired: dict[str, np.ndarray], *, places: int | None = None) -> FiringCounts:
+        n_rows, n = fired[A].shape
+        every = torch.arange(n).expand(n_rows, n)
+        codes = {site: Codes(torch.from_numpy(z.astype(np.float32)), every) for site, z in fired.items()}
+        places = self.N_PLACES if places is None else places
+        counts = FiringCounts(tuple(fired), n, draw=np.random.default_rng(1), places=places)
+        image, place = np.arange(self.N_IMAGES).repeat(self.N_PLACES), np.tile(np.arange(self.N_PLACES), self.N_IMAGES)
+        counts.add(codes, image, place)
+        return counts
+
+    def test_place_alone_is_positional_and_content_is_universal(self) -> None:
+        found = classify(self.counted(self.fired()), [A, B], ProbesConfig())
+        pair = found.pairs[A, B]
+        assert found.category.tolist() == ["chance", "universal", "universal", "chance", "chance"]
+        assert found.positional.tolist() == [True, False, False, False, True]
+        # without regard to places both would be: φ and p say so
+        assert pair.phi[self.BY_PLACE] > 0.7
+        assert pair.phi[self.EDGE] > 0.7
+        assert (pair.p[[self.BY_PLACE, self.EDGE]] < 1e-20).all()
+        assert (pair.p_place[[self.BY_PLACE, self.EDGE]] > 0.01).all()
+        assert (np.abs(pair.phi_place[[self.BY_PLACE, self.UNRELATED, self.EDGE]]) < 0.1).all()
+        assert (pair.phi_place[[self.BY_CONTENT, self.BOTH]] > 0.99).all()
+        assert (pair.p_place[[self.BY_CONTENT, self.BOTH]] < 1e-6).all()
+        assert classify(self.counted(self.fired(), places=0), [A, B], ProbesConfig()).category.tolist() == [
+            "universal", "universal", "universal", "chance", "universal",
+        ]  # fmt: skip
+
+    def test_the_evidence_is_that_of_the_counts(self) -> None:
+        fired = self.fired(3)
+        counts = self.counted(fired)
+        pair = classify(counts, [A, B], ProbesConfig()).pairs[A, B]
+        a, b = (fired[site].reshape(self.N_IMAGES, self.N_PLACES, 5) for site in (A, B))
+        n = np.full(self.N_PLACES, self.N_IMAGES)
+        np.testing.assert_allclose(pair.phi_place, phi_by_place(a.sum(0), b.sum(0), (a & b).sum(0), n))
+        drawn = (np.random.default_rng(1).random(self.N_IMAGES) * self.N_PLACES).astype(int)
+        x, y = (z[np.arange(self.N_IMAGES), drawn] for z in (a, b))
+        at = [drawn == place for place in range(self.N_PLACES)]
+        tables = [np.stack([z[rows].sum(0) for rows in at]) for z in (x, y, x & y)]
+        np.testing.assert_allclose(pair.p_place, chance_by_place(*tables, np.array([rows.sum() for rows in at])))
+        for k in range(5):
+            assert pair.p[k] == pytest.approx(
+                oracles.chance_p(x[:, k].sum(), y[:, k].sum(), (x & y)[:, k].sum(), self.N_IMAGES), rel=1e-7
+            )
+        turned = classify(counts, [B, A], ProbesConfig()).pairs[B, A]
+        np.testing.assert_allclose(turned.p_place, pair.p_place)
+        np.testing.assert_allclose(turned.phi_place, pair.phi_place)
+
+    def test_in_one_pair_of_three_is_enough_to_be_marked(self) -> None:
+        # by place in a and b, by content in a and c: positional, and partial for what it shares with c
+        rng = np.random.default_rng(0)
+        shape = (self.N_IMAGES, self.N_PLACES, 1)
+        at_0 = np.broadcast_to((np.arange(self.N_PLACES) == 0)[:, None], shape)
+        content = rng.random(shape) < 0.06
+        a, b, c = at_0 | content, at_0 | (rng.random(shape) < 0.01), content
+        fired = {site: z.reshape(-1, 1) for site, z in ((A, a), (B, b), (C, c))}
+        found = classify(self.counted(fired), [A, B, C], ProbesConfig())
+        assert found.category.tolist() == ["partial"]
+        assert found.positional.tolist() == [True]
+
+    def test_unrelated_sites_with_the_same_places_share_nothing(self) -> None:
+        """Every latent prefers some places, the same in both models; nothing else is common."""
+        rng = np.random.default_rng(5)
+        rate = rng.choice([0.0, 0.05, 0.9], size=(1, self.N_PLACES, 300), p=[0.5, 0.3, 0.2])
+        shape = (self.N_IMAGES, self.N_PLACES, 300)
+        fired = {site: (rng.random(shape) < rate).reshape(-1, 300) for site in (A, B)}
+        found = classify(self.counted(fired), [A, B], ProbesConfig())
+        naive = classify(self.counted(fired, places=0), [A, B], ProbesConfig())
+        assert (naive.category == "universal").sum() > 150
+        assert np.isin(found.category, ["universal", "partial"]).sum() <= 1
+        assert found.positional.sum() > 150
+
+    @pytest.mark.parametrize("images", [60, 100])
+    def test_fewer_images_than_places_are_no_way_around_it(self, images: int) -> None:
+        """With few images, some place is drawn of none: the test within places stands all the same."""
+        rng = np.random.default_rng(2)
+        places, n = 36, 40
+        edge = np.broadcast_to((np.arange(places) < 18)[:, None], (images, places, n))
+        fired = {s: (edge & (rng.random(edge.shape) < 0.7)).reshape(-1, n) for s in (A, B)}
+        every = torch.arange(n).expand(images * places, n)
+        counts = FiringCounts((A, B), n, draw=np.random.default_rng(1), places=places)
+        counts.add(
+            {site: Codes(torch.from_numpy(z.astype(np.float32)), every) for site, z in fired.items()},
+            np.arange(images).repeat(places),
+            np.tile(np.arange(places), images),
+        )
+        assert counts.drawn.by_place is not None
+        assert (counts.drawn.by_place.n == 0).any()
+        pair = classify(counts, [A, B], ProbesConfig()).pairs[A, B]
+        assert not np.isnan(pair.p_place).any()
+        assert (pair.p_place < 0.01).mean() <= 0.1
+        assert (pair.p < 0.01).mean() > 0.5

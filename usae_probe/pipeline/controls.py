@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..attaching import attach
 from ..buffer import ActivationBuffer, JoinedBuffer
 from ..config import RunConfig
+from ..errors import UsaeProbeError, UsaeProbeWarning
 from ..harvesting import harvest
 from ..hooks import HookedModel
 from ..images import Annotation, ImageSource
 from ..probes import UniversalityReport
 from ..probes.controls import Control, Controls, Length, Spread, self_r2
-from ..probes.matching import counterparts, found_again
+from ..probes.matching import Counterparts, code_matrix, counterparts, found_again
 from ..probes.pixels import attach_pixel_statistics, fit_pixel_statistics
 from ..probes.posthoc import matched_afterwards
 from ..sites import model_of
@@ -37,6 +41,7 @@ _LEAN: Mapping[str, Any] = {
     "similarity_images": 0,
     "fidelity_images": 0,
     "bootstrap": 0,
+    "nulls": 0,
 }
 
 
@@ -98,30 +103,49 @@ class ControlStage:
             found_again=tuple(again),
             independent=self._lengths(independent, seeds) or None,
             posthoc=tuple(compare(matched_on=rows) for rows in ("holdout", "train")) if len(classes) > 1 else (),
-            counterparts={site: counterparts(sae, usae, numbers) for site, sae in classes.items()} or None,
+            counterparts={site: self._counterparts(sae, usae, numbers) for site, sae in classes.items()} or None,
         )
 
+    def _counterparts(self, sae: USAE, usae: USAE, universal: list[int]) -> Counterparts:
+        """Compare the latents of an independent SAE that fire on held-out rows with the universal ones."""
+        codes = code_matrix(sae, sae.sites[0], self.buffer, "holdout")
+        return counterparts(sae, usae, universal, live=np.unique(codes.indices).tolist())
+
     def _controls(self, class_sites: tuple[str, ...]) -> Iterator[Control]:
-        """Yield what should share less, then what should share everything."""
-        mispaired = self._trained("mispaired", self._changed(pairing="shuffled"), self.buffer)
-        yield _control("mispaired", "rows of different images paired in training", mispaired)
+        """Yield what should share less, then what should share everything; what fails is left out with a warning."""
+        kinds: dict[str, Callable[[], Control]] = {
+            "mispaired": partial(self._control, "mispaired", "rows of different images paired in training", "shuffled")
+        }
         if self.within:
-            name = f"within {self.within.name}"
-            cell = self._trained(name, self._changed(pairing="label"), self.buffer)
-            yield _control(name, f"rows of images with the same {self.within.name} paired in training", cell)
+            name = self.within.name
+            what = f"rows of images with the same {name} paired in training"
+            kinds[f"within {name}"] = partial(self._control, f"within {name}", what, "label")
         if self.source:
-            yield self._untrained()
-            pixels = self._pixels(self.source)
-            for site in class_sites:
-                name = f"pixels and {model_of(site)}"
-                view = JoinedBuffer({PIXELS: (pixels, PIXELS), site: (self.buffer, site)})
-                cell = self._trained(name, self._alone(), view)
-                yield _control(name, f"image statistics (colour layout, Gabor energies) with {site}", cell)
-        for site in class_sites:
-            model, _, layer = site.partition("/")
-            view = JoinedBuffer({site: (self.buffer, site), f"{model}-again/{layer}": (self.buffer, site)})
-            cell = self._trained(f"{model} twice", self._alone(), view)
-            yield _control(f"{model} twice", f"{site} with itself: as much as can be shared", cell)
+            kinds["untrained"] = self._untrained
+            kinds |= {
+                f"pixels and {model_of(site)}": partial(self._with_pixels, self.source, site) for site in class_sites
+            }
+        kinds |= {f"{model_of(site)} twice": partial(self._twice, site) for site in class_sites}
+        for name, made in kinds.items():
+            try:
+                yield made()
+            except UsaeProbeError as error:
+                warnings.warn(f"the control '{name}' is left out: {error}", UsaeProbeWarning, stacklevel=2)
+
+    def _control(self, name: str, what: str, pairing: str) -> Control:
+        return _control(name, what, self._trained(name, self._changed(pairing=pairing), self.buffer))
+
+    def _with_pixels(self, source: ImageSource, site: str) -> Control:
+        name = f"pixels and {model_of(site)}"
+        view = JoinedBuffer({PIXELS: (self._pixels(source), PIXELS), site: (self.buffer, site)})
+        cell = self._trained(name, self._alone(), view)
+        return _control(name, f"image statistics (colour layout, Gabor energies) with {site}", cell)
+
+    def _twice(self, site: str) -> Control:
+        model, _, layer = site.partition("/")
+        view = JoinedBuffer({site: (self.buffer, site), f"{model}-again/{layer}": (self.buffer, site)})
+        cell = self._trained(f"{model} twice", self._alone(), view)
+        return _control(f"{model} twice", f"{site} with itself: as much as can be shared", cell)
 
     def _untrained(self) -> Control:
         follow = partial(self._told, "untrained")

@@ -82,25 +82,25 @@ def _fidelity(
 ) -> Fidelity | None:
     """Splice reconstructions into the live models; None, with a warning, when these cannot be had any more."""
     probes = config.probes
-    with ExitStack() as closing:
-        try:
+    try:
+        with ExitStack() as closing:
             models = attached(closing)
             demand_same_models(models, buffer)
-        except UsaeProbeError as error:
-            warnings.warn(f"fidelity is left out: {error}", UsaeProbeWarning, stacklevel=2)
-            return None
-        return fidelity(
-            usae,
-            models,
-            buffer,
-            source,
-            sites=report.class_sites,
-            latents=[record.latent for record in report.universal[: probes.fidelity_latents]],
-            labels=labels,
-            n_images=probes.fidelity_images,
-            batch_size=config.images.batch_size,
-            seed=probes.seed,
-            progress=lambda done, total: progress(
-                Progress("evaluate", done, total, "batches", "fidelity in the live models")
-            ),
-        )
+            return fidelity(
+                usae,
+                models,
+                buffer,
+                source,
+                sites=report.class_sites,
+                latents=[record.latent for record in report.universal[: probes.fidelity_latents]],
+                labels=labels,
+                n_images=probes.fidelity_images,
+                batch_size=config.images.batch_size,
+                seed=probes.seed,
+                progress=lambda done, total: progress(
+                    Progress("evaluate", done, total, "batches", "fidelity in the live models")
+                ),
+            )
+    except UsaeProbeError as error:
+        warnings.warn(f"fidelity is left out: {error}", UsaeProbeWarning, stacklevel=2)
+        return None

@@ -184,7 +184,7 @@ class FactorScores:
         equals = smallest == smallest.max(1, keepdims=True)
         best = np.where(equals, scores.sum(0), -np.inf).argmax(1)
         names = [(annotation.name, value) for annotation in self.annotations for value in annotation.names]
-        own, purity = self._best(), {site: self._purity(site) for site in self.sites}
+        own, purity, spelled = self._best(), {site: self._purity(site) for site in self.sites}, self.names
         fired = np.unique(np.concatenate([self._sorted(site).latent for site in self.sites]))
         for k in fired.tolist():
             at = best[k]
@@ -194,7 +194,7 @@ class FactorScores:
                 value,
                 auroc={site: scores[i, k, at].item() for i, site in enumerate(self.sites)},
                 purity={site: None if np.isnan(p := purity[site][k, at]) else p.item() for site in self.sites},
-                best={site: self.names[own[site][k]] for site in self.sites if own[site][k] >= 0},
+                best={site: spelled[own[site][k]] for site in self.sites if own[site][k] >= 0},
             )
         return found
 
@@ -205,8 +205,13 @@ class FactorScores:
 
         Args:
             latents: the universal ones, say.
+
+        Raises:
+            UsageError: for a number that is no latent.
         """
         chosen = np.asarray(list(latents), dtype=np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.n_latents:
+            raise UsageError(f"latents {chosen.min()} to {chosen.max()} were given: they are 0 to {self.n_latents - 1}")
         if not self.n_values or len(self.sites) < 2:
             return LabelAgreement(float("nan"), float("nan"), 0)
         best = np.stack([own[chosen] for own in self._best().values()])
@@ -229,9 +234,9 @@ class FactorScores:
             seed: of the permutations.
 
         Returns:
-            NaN where no value is rated.
+            NaN where no value is rated, and without permutations.
         """
-        if not self.n_values or not self.n_images:
+        if not self.n_values or not permutations:
             return float("nan")
         labels, draw = [self._labels_of(one) for one in self.annotations], np.random.default_rng((seed, 4))
         largest = 0.0
@@ -245,12 +250,14 @@ class FactorScores:
         return largest
 
     def _best(self) -> dict[str, np.ndarray]:
-        """Return by site the value that each latent follows best there, [n_latents]; −1 where it never fires."""
+        """Return by site the value that each latent follows best there, [n_latents]; −1 where nothing tells.
+
+        That is a latent that fires in no image whose value of a factor that is rated is known.
+        """
         found = {}
         for site in self.sites:
-            best = np.nan_to_num(self.auroc(site), nan=-1.0).argmax(1)
-            fired = np.bincount(self._sorted(site).latent, minlength=self.n_latents) > 0
-            found[site] = np.where(fired, best, -1)
+            scores = np.where(np.isnan(self._purity(site)), np.nan, self.auroc(site))
+            found[site] = np.where(np.isnan(scores).all(1), -1, np.nan_to_num(scores, nan=-1.0).argmax(1))
         return found
 
     def _purity(self, site: str) -> np.ndarray:

@@ -21,7 +21,8 @@ Features = Float[Tensor, "b f"]
 Logits = Float[Tensor, "b c"]
 PerImage = Float[np.ndarray, " b"]
 
-PROBE_L2 = 1e-2
+PROBE_L2 = 3e-2
+"""Of 1e-3 to .3 the best likelihood on validation images, for two networks and 2,048 images of ten classes."""
 _PROBE_STEPS = 500
 
 

@@ -72,9 +72,17 @@ def _recovered(found: Fidelity, names: Sequence[str]) -> tuple[Panel, str]:
     if plain_features:
         notes.append("Cosine, where a model has no logits: of clean and spliced final features; 1: unchanged.")
     notes.append(f"Denominators, by target: {'; '.join(_denominators(found, names))}.")
+    probes = [f"{name} (it finds the label of {percent(a)})" for name, a in _accuracies(found, names)]
+    if probes:
+        notes.append(f"Logits of a linear probe: {', '.join(probes)}.")
     if not all(math.isfinite(value) for row in values.values() for value in row.values()):
         notes.append("Hatched: no share is given, its denominator is too small.")
     return Panel("share recovered, x̂ in the place\nof the activation", values, small), " ".join(notes)
+
+
+def _accuracies(found: Fidelity, names: Sequence[str]) -> list[tuple[str, float]]:
+    sites = zip(names, found.share_recovered, strict=True)
+    return [(name, found.probe_accuracy.get(site, math.nan)) for name, site in sites if found.head[site] == "probe"]
 
 
 def _denominators(found: Fidelity, names: Sequence[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..probes import UniversalityReport
 from ..probes.fidelity import Fidelity
+from ..probes.intervals import Interval
 from ..probes.linear import LinearReference
 from ..usae import sources_of
 from .heat_maps import Layout, Panel, matrices
@@ -32,9 +33,9 @@ def r2_figure(report: UniversalityReport) -> Figure:
     """Return the figure of `r2_matrix`."""
     kind = rows_measured(report)
     n_panels = 2 + _has_numbers(report.linear)
-    digits = 3 if Layout.of(report.sites, n_panels).cell[0] > 0.7 else 2  # else they would be too small to read
+    narrow = Layout.of(report.sites, n_panels).cell[0] < 0.7  # more could not be read
     ends = {
-        source: {target: f"[{short(low, digits)}, {short(high, digits)}]" for target, (low, high) in row.items()}
+        source: {target: _spelled(interval, narrow=narrow) for target, interval in row.items()}
         for source, row in (report.r2_interval or {}).items()
     }
     panels = [
@@ -42,8 +43,8 @@ def r2_figure(report: UniversalityReport) -> Figure:
         Panel(f"USAE, training rows\n(n = {report.n_rows_train:,})", report.r2_train),
     ]
     notes = ["R² = 1 − SSE / SST about the per-dimension mean of the same rows; 0: no better than that mean."]
-    if ends:
-        notes.append(f"In brackets: 95 % interval, {kind} images resampled.")
+    if any(text for row in ends.values() for text in row.values()):
+        notes.append(f"Below: 95 % interval, {kind} images resampled.")
     linear, share = report.linear, report.r2_share
     if linear and share and _has_numbers(linear):
         reached = {
@@ -55,6 +56,13 @@ def r2_figure(report: UniversalityReport) -> Figure:
             "percent: the share of it that the USAE reaches."
         )
     return matrices(panels, report.sites, "R² of reconstruction, own code and other sites' codes", " ".join(notes))
+
+
+def _spelled(interval: Interval, *, narrow: bool) -> str:
+    if not all(map(math.isfinite, interval)):
+        return ""
+    low, high = (short(end, 2 if narrow else 3) for end in interval)
+    return f"{low}, {high}" if narrow else f"[{low}, {high}]"
 
 
 def _has_numbers(linear: LinearReference | None) -> bool:

@@ -123,7 +123,7 @@ def heat_map(
                 _print(axis, (j, i), below, sizes[1], ink, -7)
 
 
-def _print(axis: Axes, cell_at: tuple[float, float], text: str, size: float, ink: str, up: float) -> None:
+def _print(axis: Axes, cell_at: tuple[int, int], text: str, size: float, ink: str, up: int) -> None:
     """Print in a cell, `up` points above its middle."""
     cell = axis.annotate(
         plain(text), cell_at, (0, up), textcoords="offset points", ha="center", va="center", color=ink, fontsize=size

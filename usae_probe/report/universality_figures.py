@@ -108,10 +108,9 @@ def entropy(report: UniversalityReport) -> Figure | None:
 def phi_energy(report: UniversalityReport) -> Figure | None:
     """Return φ against energy, a point per latent that fires in two class sites or more; None without any."""
     points = {name: _points(report.latents, name) for name in CLASS_COLOURS}
-    n = sum(map(len, points.values()))
+    n, m, least = sum(map(len, points.values())), len(report.class_sites), _threshold(report, "phi")
     if not n:
         return None
-    least, m = _threshold(report, "phi"), len(report.class_sites)
     smallest = f"the smallest over the {m * (m - 1) // 2} pairs of {m} models" if m > 2 else "in the two models"
     caption = (
         f"n = {n:,} latents that fire in 2 models or more, on {report.n_rows_eval:,} {rows_measured(report)} rows. "
@@ -155,7 +154,7 @@ def controls(report: UniversalityReport) -> Figure | None:
         n = len(report.nulls[0].counts["universal"])
         notes.append(f"At evaluation: mean of n = {n} random pairings, whisker to the greatest.")
     if report.controls and report.controls.controls:
-        notes.append("Trained controls: one training each, with the run's own settings.")
+        notes.append("Trained controls: one training each, as the run's; universal: in the sites that each is of.")
     figure = captioned(WIDE, sum(heights) + 0.55, "Universal latents, and what they stand beside", " ".join(notes))
     axis = figure.subplots()
     places = np.cumsum(heights) - np.array(heights) / 2
@@ -163,7 +162,7 @@ def controls(report: UniversalityReport) -> Figure | None:
         axis.barh(y, bar.value, height=min(0.24, 0.7 * height), color=bar.colour)
         if bar.high > bar.low:
             axis.plot([bar.low, bar.high], [y, y], color="black", linewidth=1.2, marker="|", markersize=6)
-    ends = [(float(y), max(bar.value, bar.high), bar.text) for y, bar in zip(places, bars, strict=True)]
+    ends = [(float(y), float(max(bar.value, bar.high)), bar.text) for y, bar in zip(places, bars, strict=True)]
     _finish_bars(axis, WIDE, dict(zip(places.tolist(), labels, strict=True)), ends)
     axis.set_ylim(sum(heights), 0)
     axis.set_xlabel("universal latents", fontsize=9)
@@ -175,15 +174,14 @@ def tax(report: UniversalityReport) -> Figure | None:
     lengths = report.controls.independent if report.controls else None
     if not lengths:
         return None
-    kinds = {kind: length for kind, length in lengths.items() if kind in _KINDS} or dict(lengths)
-    sites = list(next(iter(kinds.values())).r2)
-    n = next(iter(next(iter(kinds.values())).r2.values())).n
+    first = next(iter(lengths.values())).r2
+    sites, n = list(first), next(iter(first.values())).n
     caption = (
         f"Self-R²: each site from its own code, on n = {report.n_rows_eval:,} {rows_measured(report)} rows. Alignment "
         "tax: the independent SAE's R² minus the USAE's, seed by seed; above 0, sharing costs. M: sites of the USAE. "
         + (f"Means of n = {n} seeds; whiskers and brackets from the least to the greatest." if n > 1 else "n = 1 seed.")
     )
-    thick, shown = 0.19, {"usae": _usae_r2(kinds), **{kind: length.r2 for kind, length in kinds.items()}}
+    thick, shown = 0.19, {"usae": _usae_r2(lengths), **{kind: length.r2 for kind, length in lengths.items()}}
     group = thick * len(shown) + 0.2
     figure = captioned(WIDE, group * len(sites) + 0.95, "What sharing one dictionary costs", caption)
     axis, ends = figure.subplots(), []
@@ -197,7 +195,7 @@ def tax(report: UniversalityReport) -> Figure | None:
             if high > low:
                 axis.plot([low, high], [at, at], color="black", linewidth=1, marker="|", markersize=5)
             if math.isfinite(mean):
-                ends.append((at, high, number(mean) + _taxed(kinds, kind, site)))
+                ends.append((at, high, number(mean) + _taxed(lengths, kind, site)))
             else:
                 ends.append((at, 0.0, "–"))
     _finish_bars(axis, WIDE, {group * (at + 0.5): folded(site) for at, site in enumerate(sites)}, ends)
@@ -255,30 +253,29 @@ class _Bar(NamedTuple):
     @property
     def text(self) -> str:
         """What stands at its end."""
-        digits = 0 if float(self.value).is_integer() else 1
-        return f"{self.value:,.{digits}f}  ({percent(self.value / self.of if self.of else math.nan)}{self.unit})"
+        value = f"{self.value:,.{0 if float(self.value).is_integer() else 1}f}"
+        return f"{value}  ({percent(self.value / self.of if self.of else math.nan)}{self.unit})"
 
 
 def _bars(report: UniversalityReport) -> list[_Bar]:
     trained = report.controls or Controls()
     universal, live = trained.universal or (report.counts["universal"],), trained.live or (report.n_live,)
-    own = _Bar("this run", float(np.mean(universal)), min(universal), max(universal), float(np.mean(live)), COLOURS[0])
-    bars = [own]
+    mean, n_live = float(np.mean(universal)), float(np.mean(live))
+    bars = [_Bar("this run", mean, min(universal), max(universal), n_live, COLOURS[0])]
     for null in report.nulls:
         counts = {name: float(np.mean(found)) for name, found in null.counts.items()}
         n_live = sum(counts.values()) - counts["rare"] - counts["dead"]
         among = f" within {null.within}" if null.within else ""
-        high = max(null.counts["universal"])
-        bars.append(
-            _Bar(f"this run, pairing shuffled{among} at evaluation", null.universal, null.universal, high, n_live, GREY)
-        )
+        label, value = f"this run, pairing shuffled{among} at evaluation", null.universal
+        bars.append(_Bar(label, value, value, max(null.counts["universal"]), n_live, GREY))
     for control in trained.controls:
         label, value = f"{control.name}: {control.what}" if control.what else control.name, control.counts["universal"]
         bars.append(_Bar(label, value, value, value, control.n_live, COLOURS[4]))
     for found in trained.posthoc:
+        shuffled = "" if found.null is None else f"; shuffled: {number(found.null, 1)}"
         rows = "training" if found.matched_on == "train" else rows_measured(report)
         label, value = f"independent SAEs, their latents matched on {rows} rows", found.counts["universal"]
-        bars.append(_Bar(label, value, value, value, found.n_pairs, COLOURS[2], " of pairs"))
+        bars.append(_Bar(label, value, value, value, found.n_pairs, COLOURS[2], f" of pairs{shuffled}"))
     return bars
 
 
