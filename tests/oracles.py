@@ -226,3 +226,49 @@ def categories(
         else:
             result.append("rare" if max(fires[k].values()) else "dead")
     return result
+
+
+class ClassesOfAtoms(NamedTuple):
+    """Live latents that have the decoder rows of a planted atom, and the share of them with the class that it has."""
+
+    matched: int
+    right: float
+
+
+def classes_of_atoms(
+    shared: Mapping[str, np.ndarray],
+    private: Mapping[str, np.ndarray],
+    decoders: Mapping[str, np.ndarray],
+    categories: Sequence[str],
+    fires_in: Sequence[Sequence[str]],
+    *,
+    cosine: float = 0.9,
+) -> ClassesOfAtoms:
+    """Latent by latent: the atom with the largest cosine, in the least alike of its models' decoders; is it named so?
+
+    An atom that all models have makes a `universal` latent, one of a single model a `specific` one that fires there.
+
+    Args:
+        shared, private: {site: atoms [n, d], unit vectors}; shared atom i is row i of every site.
+        decoders: {site: W_dec [n, d]}.
+        categories, fires_in: of each latent; rare and dead ones do not count.
+        cosine: least cosine of a latent and its atom.
+    """
+    sites = tuple(decoders)
+    atoms = [{site: shared[site][i] for site in sites} for i in range(len(shared[sites[0]]))]
+    atoms += [{site: atom} for site in sites for atom in private[site]]
+    unit = {}
+    for site, rows in decoders.items():
+        unit[site] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    right = []
+    for latent, category in enumerate(categories):
+        if category in ("rare", "dead"):
+            continue
+        fit = [min(float(unit[site][latent] @ vector) for site, vector in atom.items()) for atom in atoms]
+        best = max(range(len(atoms)), key=lambda i: fit[i])
+        if fit[best] < cosine:
+            continue
+        owners = tuple(atoms[best])
+        expected = "universal" if len(owners) == len(sites) else "specific"
+        right.append(category == expected and tuple(fires_in[latent]) == owners)
+    return ClassesOfAtoms(len(right), sum(right) / len(right) if right else math.nan)

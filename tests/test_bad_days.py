@@ -15,7 +15,7 @@ import pytest
 
 from usae_probe import ActivationBuffer, Run, RunConfig
 from usae_probe.errors import UsaeProbeError
-from usae_probe.pipeline import Progress
+from usae_probe.pipeline import Progress, measuring
 from usae_probe.report import figures
 
 from .command import Command, command
@@ -41,8 +41,8 @@ ALONG = {"train": {"steps": None, "batch_size": 4}, "images": {"holdout": 0.1, "
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("r2_matrix", "training_curves"):
-        monkeypatch.setattr(figures, name, lambda _, path: path.touch())
+    monkeypatch.setattr(figures, "training_curves", lambda _, path: path.touch())
+    monkeypatch.setattr(measuring, "universality_figures", lambda *_: [])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from usae_probe.config import ProbesConfig
 from usae_probe.errors import BufferIntegrityError, ConfigError, SiteError, UsageError
 from usae_probe.images import Annotation
 from usae_probe.probes import CATEGORIES, LatentRecord, UniversalityReport, evaluate, one_site_per_model
+from usae_probe.probes.intervals import ImageGroups, Resamples
 from usae_probe.probes.universality import Category
 from usae_probe.usae import USAE, train
 
@@ -480,7 +482,7 @@ class TestSeveralRowsPerImage:
         reports = []
         for size in (1024, 7):  # the package's attribute of that name is the function
             monkeypatch.setattr(importlib.import_module("usae_probe.probes.rows"), "CHUNK_ROWS", size)
-            reports.append(evaluate(usae, buffer, annotations=known))
+            reports.append(evaluate(usae, buffer, annotations=known, linear=False, nulls=3))
         assert reports[0].counts == reports[1].counts
         for one, same in zip(reports[0].latents, reports[1].latents, strict=True):
             assert (one.fires, one.fires_in) == (same.fires, same.fires_in)
@@ -503,3 +505,272 @@ class TestSeveralRowsPerImage:
         first, other = (evaluate(usae, buffer, seed=seed, bootstrap=0) for seed in (0, 9))
         assert first.to_csv() == other.to_csv()
         assert first.counts == report.counts
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+class TestWhatStandsBesideIt:
+    """Intervals, the linear reference, similarity, nulls, and the table of pairs."""
+
+    def test_keys(self, report: UniversalityReport) -> None:
+        content = json.loads(report.to_json(), parse_constant=refuse)
+        assert content["measured_on"] == "holdout"
+        assert content["thresholds"] == {"entropy": 0.9, "phi": 0.2, "q": 0.01}
+        assert content["n_live"] == 24 - content["counts"]["rare"] - content["counts"]["dead"] == report.n_live
+        live = [record for record in report.latents if record.category not in ("rare", "dead")]
+        assert content["n_equal_rates"] == sum(record.entropy >= 0.9 for record in live) == report.n_equal_rates
+        assert content["n_equal_rates"] >= content["counts"]["universal"]
+        assert content["n_positional"] == 0
+        assert content["labels"] is None
+        assert content["fidelity"] is None
+        assert set(content["r2_interval"]) == set(DIMS)
+        assert set(content["r2_quantiles"]) == {"levels", *DIMS}
+
+    def test_every_matrix_has_a_number_or_null_for_every_pair(self, report: UniversalityReport) -> None:
+        content = report.to_dict()
+        of = content["similarity"]
+        alike = [of[name] for name in ("cka", "cka_null", "mutual_knn", "mutual_knn_null")]
+        names = ("r2", "r2_train", "r2_global_mean", "r2_interval", "r2_ridge", "r2_share")
+        for matrix in (*(content[name] for name in names), *alike):
+            assert list(matrix) == list(DIMS)
+            assert all(list(row) == list(DIMS) for row in matrix.values())
+        for source in DIMS:
+            for target in DIMS:
+                ridge, share = content["r2_ridge"][source][target], content["r2_share"][source][target]
+                if source == target:
+                    assert (ridge, share) == (None, None)
+                    continue
+                assert share == pytest.approx(content["r2"][source][target] / ridge)
+        assert content["r2_ridge"]["m/late"]["n/layer"] > 0.3
+
+    def test_intervals_and_quantiles_are_about_the_figures(self, report: UniversalityReport) -> None:
+        assert report.r2_interval is not None
+        assert report.r2_quantiles is not None
+        for source in DIMS:
+            for target in DIMS:
+                low, high = report.r2_interval[source][target]
+                assert low < report.r2[source][target] < high < low + 0.5
+                levels = report.r2_quantiles[source][target]
+                assert levels == sorted(levels)
+                assert len(levels) == 5
+        for record in report.latents:
+            pair = record.pairs[CLASS_SITES]
+            assert pair.phi_low <= pair.phi + 1e-9
+            assert pair.phi_high >= pair.phi - 1e-9
+        widths = [r.pairs[CLASS_SITES].phi_high - r.pairs[CLASS_SITES].phi_low for r in report.universal]
+        assert 0.01 < np.mean(widths) < 0.4
+
+    def test_intervals_are_of_resampled_images(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        """360 images in 256 groups, by the same draws: the interval of one latent's φ and of one R², by loops."""
+        found = evaluate(usae, buffer, bootstrap=40, seed=3)
+        rows = buffer.read("holdout")
+        groups = ImageGroups(360, 3)
+        group, weights = groups.of(rows.image_index), Resamples(groups.n, 40, 3).weights.astype(int)
+        fires, record = fired(usae, buffer), found.universal[0]
+        a, b = (fires[site][:, record.latent] for site in CLASS_SITES)
+        chosen = [np.repeat(np.arange(360), w[group]) for w in weights]
+        phi = [oracles.phi(a[rows], b[rows]) for rows in chosen]
+        pair = record.pairs[CLASS_SITES]
+        assert (pair.phi_low, pair.phi_high) == pytest.approx(tuple(np.quantile(phi, [0.025, 0.975])), abs=1e-9)
+
+    def test_the_seed_alone_draws_the_intervals(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        cheap = {"bootstrap": 30, "nulls": 0, "linear": False, "similarity_images": 0}
+        one, same, other = (evaluate(usae, buffer, seed=seed, **cheap) for seed in (0, 0, 1))
+        assert one.to_json() == same.to_json()
+        assert one.to_csv() == same.to_csv()
+        assert one.r2_interval != other.r2_interval
+        assert one.r2 == other.r2
+
+    def test_no_resamples(self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
+        found = evaluate(usae, buffer, bootstrap=0)
+        assert found.r2_interval is None
+        assert found.to_dict()["r2_interval"] is None
+        assert found.counts == report.counts
+        for record in found.latents:
+            assert math.isnan(record.pairs[CLASS_SITES].phi_low)
+            assert math.isnan(record.pairs[CLASS_SITES].phi_high)
+        row = next(csv.DictReader(io.StringIO(found.to_csv())))
+        assert row["phi_low[m/late|n/layer]"] == row["phi_high[m/late|n/layer]"] == ""
+        json.loads(found.to_json(), parse_constant=refuse)
+
+    def test_nothing_beside_it(self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
+        found = evaluate(usae, buffer, nulls=0, linear=False, similarity_images=0)
+        content = json.loads(found.to_json(), parse_constant=refuse)
+        assert content["nulls"] == []
+        assert (content["r2_ridge"], content["r2_share"], content["similarity"]) == (None, None, None)
+        for row in content["platonic"]:
+            assert [row[name] for name in ("cka", "cka_null", "mutual_knn", "mutual_knn_null", "r2_ridge")] == [
+                None
+            ] * 5
+            assert row["r2"] == found.r2[row["source"]][row["target"]]
+        assert found.counts == report.counts
+
+    def test_nulls(self, report: UniversalityReport) -> None:
+        assert report.counts["universal"] > 3
+        (null,) = report.nulls
+        assert (null.within, null.n_rows, null.n_images) == ("", 360, 360)
+        assert len(null.counts["universal"]) == 20
+        assert all(sum(numbers) == 24 for numbers in zip(*null.counts.values(), strict=True))
+        assert sum(number > 0 for number in null.counts["universal"]) <= 1
+        # an image's fires are exchanged as a whole: what never or hardly fires does not change
+        for name in ("rare", "dead"):
+            assert set(null.counts[name]) == {report.counts[name]}
+        assert report.to_dict()["nulls"][0]["n"] == 20
+
+    def test_nulls_within_a_label(self, usae: USAE, buffer: ActivationBuffer, known: list[Annotation]) -> None:
+        cheap = {"bootstrap": 0, "linear": False, "similarity_images": 0, "annotations": known, "nulls": 3}
+        first = evaluate(usae, buffer, **cheap)
+        assert [null.within for null in first.nulls] == ["", "noise"]  # the first there is
+        other = evaluate(usae, buffer, within="hue", **cheap)
+        assert [null.within for null in other.nulls] == ["", "hue"]
+        assert other.nulls[0] == first.nulls[0]
+        # images are red that fire the most universal latent in one model: exchanged among themselves it stays
+        assert min(other.nulls[1].counts["universal"]) > max(other.nulls[0].counts["universal"])
+        with pytest.raises(UsageError, match=r"within names 'hu', which is no label .*did you mean 'hue'.*noise, hue"):
+            evaluate(usae, buffer, within="hu", **cheap)
+        assert len(evaluate(usae, buffer, within="hue", **(cheap | {"annotations": ()})).nulls) == 1
+
+    def test_the_largest_share_of_energy(self, report: UniversalityReport) -> None:
+        for site in CLASS_SITES:
+            total = sum(record.energy[site] for record in report.latents)
+            shared = sum(record.energy[site] for record in report.universal)
+            assert report.universal_energy[site] == pytest.approx(shared / total)
+        assert report.to_dict()["universal_energy"] == report.universal_energy
+
+    def test_platonic_has_a_row_for_every_ordered_pair(self, report: UniversalityReport, usae: USAE) -> None:
+        assert report.similarity is not None
+        assert report.linear is not None
+        assert report.r2_share is not None
+        rows = report.to_dict()["platonic"]
+        assert [(row["source"], row["target"]) for row in rows] == [CLASS_SITES, CLASS_SITES[::-1]]
+        for row in rows:
+            source, target = row["source"], row["target"]
+            assert row["cka"] == report.similarity.cka[source][target]
+            assert row["mutual_knn_null"] == report.similarity.mutual_knn_null[source][target]
+            assert row["r2"] == report.r2[source][target]
+            assert row["r2_ridge"] == report.linear.r2[source][target]
+            assert row["r2_share"] == report.r2_share[source][target]
+            assert row["universal_energy"] == report.universal_energy[target]
+        three = replace(report, class_sites=tuple(DIMS)).platonic
+        assert [(row["source"], row["target"]) for row in three] == list(permutations(DIMS, 2))
+
+    def test_on_validation_rows(self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
+        found = evaluate(usae, buffer, split="validation")
+        rows = buffer.read("validation")
+        assert found.measured_on == found.to_dict()["measured_on"] == "validation"
+        assert found.n_rows_eval == rows.n == 54
+        assert "54 validation rows" in repr(found)
+        assert found.r2["m/late"] == pytest.approx(oracles.r2(usae, rows.values)["m/late"], abs=1e-5)
+        assert found.r2_train == report.r2_train
+        assert found.linear is not None
+        assert found.similarity is not None
+        assert found.linear.n_rows_eval == found.similarity.n_images == found.nulls[0].n_rows == 54
+        assert found.linear.r2 != (report.linear and report.linear.r2)
+
+    def test_csv_columns(self, report: UniversalityReport) -> None:
+        rows = list(csv.DictReader(io.StringIO(report.to_csv())))
+        pair = "[m/late|n/layer]"
+        for name in ("share_a", "share_b", "phi_low", "phi_high", "correlation", "phi_place", "p_place"):
+            assert f"{name}{pair}" in rows[0]
+        codes = [row["positional"] for row in rows]
+        assert codes == ["0"] * 24
+        for row, record in zip(rows, report.latents, strict=True):
+            found = record.pairs[CLASS_SITES]
+            assert row[f"phi_place{pair}"] == row[f"p_place{pair}"] == ""  # every row is an image
+            if not math.isnan(found.correlation):
+                assert float(row[f"correlation{pair}"]) == pytest.approx(found.correlation, rel=1e-5, abs=1e-12)
+            if record.fires["m/late"]:
+                assert found.share_a == pytest.approx(found.cofires / record.fires["m/late"])
+            if record.fires["n/layer"]:
+                assert float(row[f"share_b{pair}"]) == pytest.approx(found.cofires / record.fires["n/layer"], rel=1e-5)
+
+    def test_correlation_is_that_of_the_codes(
+        self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport
+    ) -> None:
+        codes, seen = oracles.dense_codes(usae, buffer.read("holdout").values), 0
+        for k, record in enumerate(report.latents):
+            a, b = (codes[site][:, k] for site in CLASS_SITES)
+            if a.std() > 0 and b.std() > 0:
+                expected, seen = np.corrcoef(a, b)[0, 1], seen + 1
+                assert record.pairs[CLASS_SITES].correlation == pytest.approx(expected, abs=1e-5)
+        assert seen > 10
+
+
+def test_one_site_has_nothing_to_be_compared_with(buffer: ActivationBuffer) -> None:
+    single = train(buffer, sites=["n/layer"], n_latents=24, k=3, steps=5, validate_every=0).usae
+    known = [Annotation("x", np.arange(900) % 3, ["a", "b", "c"])]
+    report = evaluate(single, buffer, annotations=known)
+    assert (report.linear, report.similarity, report.nulls, report.platonic) == (None, None, (), [])
+    content = json.loads(report.to_json(), parse_constant=refuse)
+    assert (content["r2_ridge"], content["r2_share"], content["similarity"], content["nulls"]) == (None, None, None, [])
+    assert content["n_equal_rates"] == 0
+    assert content["universal_energy"] == {"n/layer": 0.0}
+    low, high = content["r2_interval"]["n/layer"]["n/layer"]
+    assert low < content["r2"]["n/layer"]["n/layer"] < high
+
+
+N_IMAGES, N_PLACES = 500, 9
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> UniversalityReport:
+    """What is found of a USAE by hand that reads three directions, one of them of places alone."""
+    # direction 0: at place 0 of every image and in 2 % of all other rows at random; direction 1: in the same random
+    # tenth of the rows in both; direction 2: in other rows in each; direction 3 never
+    rng = np.random.default_rng(0)
+    shape = (N_IMAGES, N_PLACES)
+    content, at_0 = rng.random(shape) < 0.1, np.broadcast_to(np.arange(N_PLACES) == 0, shape)
+    rows = {}
+    for site in ("m/a", "n/b"):
+        kinds = [at_0 | (rng.random(shape) < 0.02), content, rng.random(shape) < 0.1, np.zeros(shape, bool)]
+        rows[site] = np.stack([kind.reshape(-1) for kind in kinds], axis=1) * 2.0
+    usae = USAE({"m/a": 4, "n/b": 4}, 4, 3)
+    with torch.no_grad():
+        for encoder, bias in zip(usae.W_enc, usae.b_enc, strict=True):
+            encoder.copy_(torch.eye(4))
+            bias.fill_(-0.5)
+        usae.W_dec.copy_(torch.cat([torch.eye(4), torch.eye(4)], dim=1))
+    buffer = ActivationBuffer.from_arrays(
+        rows,
+        tmp_path_factory.mktemp("places") / "acts",
+        image_index=np.arange(N_IMAGES).repeat(N_PLACES),
+        holdout=0.8,
+    )
+    return evaluate(usae, buffer, seed=0, nulls=5)
+
+
+class TestPlaces:
+    """What fires at a place is not what the image has in common."""
+
+    def test_classes(self, placed: UniversalityReport) -> None:
+        assert placed.n_rows_eval == 400 * N_PLACES
+        assert [record.category for record in placed.latents] == ["chance", "universal", "chance", "dead"]
+        assert [record.positional for record in placed.latents] == [True, False, False, False]
+        by_place, by_content = (record.pairs["m/a", "n/b"] for record in placed.latents[:2])
+        assert by_place.phi > 0.7
+        assert by_place.p < 1e-20
+        assert abs(by_place.phi_place) < 0.1
+        assert by_place.p_place > 0.01
+        assert by_content.phi_place == pytest.approx(1.0)
+        assert by_content.p_place < 1e-6
+        assert by_content.phi_low == by_content.phi_high == pytest.approx(1.0)
+        assert by_place.phi_low < by_place.phi < by_place.phi_high
+
+    def test_files(self, placed: UniversalityReport) -> None:
+        content = json.loads(placed.to_json(), parse_constant=refuse)
+        assert content["n_positional"] == 1
+        assert content["n_equal_rates"] == 3
+        rows = list(csv.DictReader(io.StringIO(placed.to_csv())))
+        assert [row["positional"] for row in rows] == ["1", "0", "0", "0"]
+        assert float(rows[0]["p_place[m/a|n/b]"]) == pytest.approx(
+            placed.latents[0].pairs["m/a", "n/b"].p_place, rel=1e-5
+        )
+
+    def test_nulls_keep_places(self, placed: UniversalityReport) -> None:
+        (null,) = placed.nulls
+        assert (null.n_rows, null.n_images) == (3600, 400)
+        assert sum(null.counts["universal"]) == 0
+        assert set(null.counts["dead"]) == {1}
+        assert set(null.counts["chance"]) == {3}

@@ -26,7 +26,7 @@ from usae_probe.errors import (
     UsageError,
 )
 from usae_probe.images import open_source
-from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult, peak_memory
+from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult, measuring, peak_memory
 from usae_probe.pipeline.training import kernel_note
 from usae_probe.report import figures
 from usae_probe.usae.kernels import choose
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Drawing takes longer than all else here, and what is drawn is tested elsewhere."""
     if "figures" not in request.node.name:
-        for name in ("r2_matrix", "training_curves"):
-            monkeypatch.setattr(figures, name, lambda _, path: path.touch())
+        monkeypatch.setattr(figures, "training_curves", lambda _, path: path.touch())
+        monkeypatch.setattr(measuring, "universality_figures", lambda *_: [])
 
 
 def fates(result: RunResult) -> list[str]:
@@ -80,7 +80,9 @@ def test_a_run_leaves_what_the_design_says_and_figures(run: Runner, base: Path) 
     assert files >= {
         "run.json", "buffer", "usae.safetensors", "usae.json", "history.jsonl", "metrics.json", "latents.csv", "figures"
     }  # fmt: skip
-    assert {file.name for file in (base / "run/figures").iterdir()} == {"r2.png", "training.png"}
+    assert {file.name for file in (base / "run/figures").iterdir()} == {
+        "r2.png", "training.png", "entropy.png", "phi_energy.png", "controls.png", "similarity.png", "fidelity.png"
+    }  # fmt: skip
     record = json.loads((base / "run/run.json").read_text())
     assert record["schema"] == 1
     assert record["config"]["train"]["steps"] == 8

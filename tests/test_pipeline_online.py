@@ -12,7 +12,7 @@ from usae_probe import ActivationBuffer, Run, RunConfig, Sweep, harvest, harvest
 from usae_probe.attaching import attach
 from usae_probe.config import ImagesConfig
 from usae_probe.errors import BufferMismatchError, ConfigError, StageError
-from usae_probe.pipeline import MEASURING, Progress, RunResult
+from usae_probe.pipeline import MEASURING, Progress, RunResult, measuring
 from usae_probe.report import figures
 from usae_probe.usae import USAE, World
 
@@ -45,8 +45,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("r2_matrix", "training_curves"):
-        monkeypatch.setattr(figures, name, lambda _, path: path.touch())
+    monkeypatch.setattr(figures, "training_curves", lambda _, path: path.touch())
+    monkeypatch.setattr(measuring, "universality_figures", lambda *_: [])
 
 
 def kept(result: RunResult) -> dict[str, bool]:

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.probes import UniversalityReport, evaluate
-from usae_probe.usae import train
+from usae_probe.usae import USAE, train
 
+from . import oracles
 from .planted import SITES, Found, World, found, planted_world
 
 STEPS, CONTROL_STEPS = 2000, 600
@@ -31,6 +33,14 @@ RECIPE: dict[str, Any] = {
 class Outcome(NamedTuple):
     found: Found
     report: UniversalityReport
+    classes: oracles.ClassesOfAtoms
+
+
+def classes_of(world: World, usae: USAE, report: UniversalityReport) -> oracles.ClassesOfAtoms:
+    """Which live latents have an atom, and whether they are called what it is."""
+    decoders = {site: usae.decoder(site).detach().double().numpy() for site in SITES}
+    categories, fires_in = zip(*((record.category, record.fires_in) for record in report.latents), strict=True)
+    return oracles.classes_of_atoms(world.shared, world.private, decoders, categories, fires_in)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +61,16 @@ def outcome(
     def run(name: str, **settings: Any) -> Outcome:
         usae = train(buffer, **(RECIPE | settings)).usae
         report = evaluate(usae, buffer)
-        outcome = Outcome(found(world, usae, report), report)
-        for key, value in outcome.found._asdict().items():
+        outcome = Outcome(found(world, usae, report), report, classes_of(world, usae, report))
+        figures = outcome.found._asdict() | {
+            "live": report.n_live,
+            "partial": report.counts["partial"],
+            "equal_rates": report.n_equal_rates,
+            "with_an_atom": outcome.classes.matched,
+            "class_right": outcome.classes.right,
+            "universal_when_paired_at_random": report.nulls[0].counts["universal"],
+        }
+        for key, value in figures.items():
             record_testsuite_property(f"{name}.{key}", value)
         return outcome
 
@@ -93,6 +111,37 @@ def test_private_atoms_are_found_and_left_to_their_model(recipe: Outcome) -> Non
     assert recipe.found.n_split <= 2
 
 
+def test_which_latents_are_called_what_their_atoms_are_by_hand() -> None:
+    # one atom (1, 0 | 1, 0) of both models a and b, one of each alone: (0, 1) in a, (0, 1) in b
+    shared, private = ({site: np.array([row]) for site in "ab"} for row in ([1.0, 0.0], [0.0, 1.0]))
+    decoders = {
+        "a": np.array([[2.0, 0.0], [0.0, 1.0], [0.3, 0.1], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]),
+        "b": np.array([[0.1, 0.0], [1.0, 0.9], [0.0, 5.0], [1.0, 0.0], [1.0, 0.9], [1.0, 1.0], [1.0, 0.0]]),
+    }
+    categories = ["universal", "specific", "specific", "specific", "universal", "universal", "dead"]
+    fires_in = [("a", "b"), ("a",), ("a",), ("a",), ("a", "b"), ("a", "b"), ()]
+    # 0 and 1: right; 2: b's atom, but fires in a; 3: shared, called specific; 4: a's atom, called universal; 5: none
+    found = oracles.classes_of_atoms(shared, private, decoders, categories, fires_in)
+    assert found == (5, 0.4)
+
+
+def test_latents_are_called_what_their_atoms_are(recipe: Outcome) -> None:
+    """Shared: universal; private: specific to its model."""
+    assert recipe.classes.matched >= 0.95 * 256
+    assert recipe.classes.right >= 0.95
+
+
+def test_paired_at_random_nothing_is_universal(recipe: Outcome) -> None:
+    """The same latents and the same fires, images of the second model exchanged."""
+    (null,) = recipe.report.nulls
+    assert (null.within, null.n_rows, len(null.counts["universal"])) == ("", 2000, 20)
+    assert recipe.report.counts["universal"] > 100
+    assert sum(number > 0 for number in null.counts["universal"]) <= 1
+    assert sum(null.counts["partial"]) <= 2
+    # it is the co-firing that is gone, not the firing
+    assert set(null.counts["dead"]) == {recipe.report.counts["dead"]}
+
+
 def test_reconstruction_is_bounded_by_what_is_shared(recipe: Outcome) -> None:
     r2 = recipe.found.r2
     for site, other in (("left/layer", "right/layer"), ("right/layer", "left/layer")):
@@ -106,6 +155,13 @@ def test_without_the_warmup_shared_atoms_split(recipe: Outcome, without_warmup: 
     assert without_warmup.found.recall >= 0.98  # R² and recall do not show it
     assert without_warmup.found.universal <= recipe.found.universal - 0.04
     assert without_warmup.found.n_split >= recipe.found.n_split + 6
+
+
+def test_equal_rates_alone_would_call_many_mispaired_latents_universal(recipe: Outcome, mispaired: Outcome) -> None:
+    """What the test for co-firing is there for; the number itself is in the test report."""
+    assert mispaired.report.n_equal_rates >= 20
+    assert mispaired.report.counts["universal"] == 0
+    assert recipe.report.n_equal_rates >= recipe.report.counts["universal"]
 
 
 def test_mispaired_rows_have_nothing_universal(mispaired: Outcome) -> None:

@@ -17,6 +17,7 @@ from ..hooks import HookedModel
 from ..images import Annotation, ImageSource, annotations_of
 from ..probes import Fidelity, UniversalityReport, evaluate, fidelity, label_within
 from ..report import figures
+from ..report.universality_figures import universality_figures
 from ..usae import USAE, read_history
 from .outcomes import Progress
 from .source import same_source
@@ -65,7 +66,7 @@ def measure(
     write_text(folder / "latents.csv", report.to_csv())
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
-    figures.r2_matrix(report, pictures / "r2.png")
+    universality_figures(report, pictures)
     figures.training_curves(list(read_history(folder / "history.jsonl")), pictures / "training.png")
     return report
 

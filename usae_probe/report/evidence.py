@@ -46,14 +46,14 @@ def _alike(metrics: Metrics) -> Group | None:
     rows = metrics.get("platonic")
     if not rows or all(row["r2_ridge"] is None and row["cka"] is None for row in rows):
         return None
-    table = _grid(["code of → decoded to", "R² (95 %)", "linear", "share", "CKA", "k-NN", "energy"])
+    table = _grid(["code of → decoded to", "R² ± 95 %", "linear", "share", "CKA", "k-NN", "energy"])
     shown = sorted(rows, key=lambda row: -(row["r2"] if finite(row["r2"]) else -9))[:_MOST_PAIRS]
     intervals = metrics.get("r2_interval") or {}
     for row in shown:
         ends = intervals.get(row["source"], {}).get(row["target"])
-        span = f" ({short(ends[0])}–{short(ends[1])})" if ends and finite(ends[0]) else ""
+        span = f" ±{short((ends[1] - ends[0]) / 2)}" if ends and finite(ends[0]) and finite(ends[1]) else ""
         table.add_row(
-            f"{row['source']} → {row['target']}",
+            f"{row['source']}\n→ {row['target']}",
             f"{short(row['r2'])}{span}",
             short(row["r2_ridge"]),
             short(row["r2_share"]),
@@ -93,10 +93,12 @@ def _controls(metrics: Metrics) -> Group | None:
     matched = metrics.get("posthoc", [])
     for found in matched:
         rows = "held-out" if found["matched_on"] == "holdout" else "training"
-        null = "" if found["null"] is None else f" (shuffled {_mean([found['null']])})"
-        name = f"independent SAEs, matched on {rows} codes{null}"
+        name = f"independent SAEs, matched on {rows} rows"
         table.add_row(name, f"{found['counts']['universal']:,}", f"{found['n_pairs']:,} pairs", "")
     equal = f"firing entropy ≥ {short(metrics['thresholds']['entropy'])} alone: {metrics['n_equal_rates']:,}"
+    shuffled = [found["null"] for found in matched if finite(found["null"])]
+    if shuffled:
+        equal += f"; matched SAEs, then shuffled: {', '.join(_mean([null]) for null in shuffled)}"
     again = [found["share"] for found in stable.get("found_again", []) if finite(found["share"])]
     if again:
         equal += f"; found again with another seed (cosine ≥ .7 in all decoders): {_span(again)}"
@@ -111,7 +113,9 @@ def _tax(metrics: Metrics) -> Group | None:
     names = ("", "", "steps", "", "updates", "", "n/M", "")
     table.add_row(*(Text(name, style="dim") for name in names))
     for site in metrics["sites"]:
-        cells = [short(metrics["r2"][site][site])]
+        steps = independent.get("steps", {}).get(site)
+        own = steps["mean"] - tax["steps"][site]["mean"] if steps else metrics["r2"][site][site]
+        cells = [_three(own)]
         for kind in ("steps", "encoder", "parts"):
             found = independent.get(kind, {}).get(site)
             cells += [_three(found["mean"]), _three(tax[kind][site]["mean"])] if found else ["–", "–"]
@@ -201,7 +205,7 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float | int]) -> str:
     mean = sum(values) / len(values)
     return f"{mean:,.0f}" if mean == round(mean) or mean >= 9.95 else f"{mean:.1f}"
 
@@ -229,7 +233,7 @@ def _short_name(site: str, n: int) -> str:
 
 def _grid(headings: Sequence[str]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold", ratio=1)
+    table.add_column(overflow="fold")
     for _ in headings[1:]:
         table.add_column(justify="right", no_wrap=True)
     table.add_row(*(Text(heading, style="dim") for heading in headings))
