@@ -7,8 +7,8 @@ from scipy import special, stats
 
 _LARGE = 30.0
 """Variance of a sum of co-fires from which on its distribution is taken to be normal but for its skewness."""
-_FAR = 10.0
-"""Standard deviations beyond which no exact sum is made: p is below 1e-15 whatever the distribution."""
+_NOTHING = 1e-15
+"""Where p is certainly below, no sum is made, and its bound stands for it."""
 
 
 def chance(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarray, n: int) -> np.ndarray:
@@ -62,25 +62,31 @@ def chance_by_place(fires_a: np.ndarray, fires_b: np.ndarray, cofires: np.ndarra
 
     (the exact conditional test of stratified 2×2 tables: Mantel & Haenszel 1959; Gart 1970). What fires by place alone,
     at the border say, co-fires in every pairing of this kind: its p is 1. The distribution of the sum is the
-    convolution of the strata's; where its variance is above 30, a normal one with skewness (Edgeworth) stands for it.
+    convolution of the strata's; where its variance is above 30, a normal one with skewness (Cornish & Fisher 1938, of
+    second order) stands for it. Where Bernstein's bound exp(−t² / (2 (σ² + t / 3))) of a t above the mean is below
+    1e-15, p is that bound: a hypergeometric variable is a sum of independent Bernoulli ones (Vatutin & Mikhailov 1982).
 
     Args:
         fires_a, fires_b: [places, latents] images, one row of each, in which each site fires the latent at that place.
         cofires: [places, latents] images in which both do.
         n: [places] images with that place.
     """
-    a, b, c = (np.asarray(x, dtype=np.int64) for x in (fires_a, fires_b, cofires))
-    strata = np.asarray(n, dtype=np.int64)[:, None]
+    drawn = np.asarray(n) > 0  # a place that no image was drawn at says nothing
+    a, b, c = (np.asarray(x, dtype=np.int64)[drawn] for x in (fires_a, fires_b, cofires))
+    strata = np.asarray(n, dtype=np.int64)[drawn][:, None]
     p = np.ones(a.shape[1])
     observed, least = c.sum(0), np.maximum(a + b - strata, 0)
     mean, variance, third = _moments(a, b, strata)
     tested = (observed > least.sum(0)) & (variance > 0)
-    z = (observed - 0.5 - mean) / np.sqrt(np.where(variance > 0, variance, 1.0))
-    normal = tested & ((variance > _LARGE) | (z > _FAR))
+    above = np.maximum(observed - mean, 0.0)
+    bound = np.exp(-(above**2) / (2 * (np.where(tested, variance, 1.0) + above / 3)))
+    far = tested & (bound < _NOTHING)
+    p[far] = bound[far]
+    normal = tested & ~far & (variance > _LARGE)
+    z = (observed - 0.5 - mean)[normal] / np.sqrt(variance[normal])
     skewness = third[normal] / variance[normal] ** 1.5
-    tail = stats.norm.sf(z[normal]) + skewness / 6 * (z[normal] ** 2 - 1) * stats.norm.pdf(z[normal])
-    p[normal] = np.where(z[normal] > _FAR, stats.norm.sf(z[normal]), tail)
-    exact = np.flatnonzero(tested & ~normal)
+    p[normal] = stats.norm.sf(z - skewness / 6 * (z**2 - 1) + skewness**2 / 36 * (4 * z**3 - 7 * z))
+    exact = np.flatnonzero(tested & ~far & ~normal)
     # those that need equally long distributions together
     for part in np.array_split(exact[np.argsort(observed[exact] - least.sum(0)[exact])], max(1, len(exact) // 256)):
         if len(part):
