@@ -310,7 +310,15 @@ def test_sites_in_the_order_asked_for_and_latents_once(resnet: HookedModel, vit:
 def test_records_config_and_settings(vit: HookedModel) -> None:
     by_site: dict[str, Any] = {key: {} for key in ("fires", "rate", "mean", "maximum", "energy", "decoder_norm")}
     record = LatentRecord(
-        latent=9, category="universal", split=False, fires_in=(), entropy=1.0, q=0.0, pairs={}, **by_site
+        latent=9,
+        category="universal",
+        split=False,
+        positional=False,
+        fires_in=(),
+        entropy=1.0,
+        q=0.0,
+        pairs={},
+        **by_site,
     )
     pictures = maximize(dictionary(), [vit], [record, 4], config=CamConfig(steps=5, lr=0.1), steps=3)
     assert [(p.latent, len(p.curve)) for p in pictures] == [(9, 3), (4, 3)]

@@ -81,7 +81,7 @@ def test_a_run_leaves_what_the_design_says_and_figures(run: Runner, base: Path) 
         "run.json", "buffer", "usae.safetensors", "usae.json", "history.jsonl", "metrics.json", "latents.csv", "figures"
     }  # fmt: skip
     assert {file.name for file in (base / "run/figures").iterdir()} == {
-        "r2.png", "training.png", "entropy.png", "phi_energy.png", "controls.png", "similarity.png", "fidelity.png"
+        "r2.png", "training.png", "entropy.png", "phi_energy.png", "controls.png", "similarity.png"
     }  # fmt: skip
     record = json.loads((base / "run/run.json").read_text())
     assert record["schema"] == 1

@@ -154,9 +154,8 @@ class ControlStage:
         hashes = {spec.model: spec.weights_hash for spec in self.buffer.specs.values()}
         run = UntrainedRun(config, self.folder / "untrained", hashes, progress=follow)
         done = run.run(("harvest", "train", "evaluate"))
-        seconds = next((stage.seconds for stage in done.stages if stage.stage == "train" and not stage.kept), None)
-        kept = run.seconds("train") if seconds is None else seconds
-        return Control.of("untrained", "the same architectures with random weights", done.metrics or {}, kept)
+        what = "the same architectures with random weights"
+        return Control.of("untrained", what, done.metrics or {}, run.seconds("train"))
 
     def _pixels(self, source: ImageSource) -> ActivationBuffer:
         """Harvest the image statistics of the run's images."""
