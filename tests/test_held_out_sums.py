@@ -13,14 +13,7 @@ from usae_probe.probes.reconstruction import QUANTILES, HeldOutSums, share_of
 from usae_probe.usae import USAE, Matrix, ReconstructionSums
 
 from . import oracles
-
-DIMS = {"m/a": 6, "n/b": 4, "o/c": 5}
-
-
-def made(dtype: torch.dtype = torch.float32, kernel: str = "auto", seed: int = 0) -> USAE:
-    g = torch.Generator().manual_seed(seed)
-    normalisation = {site: (torch.randn(d, generator=g), 0.5 + i) for i, (site, d) in enumerate(DIMS.items())}
-    return USAE(DIMS, 16, 2, normalisation=normalisation, kernel=kernel, seed=seed).to(dtype)
+from .test_reconstruction import DIMS, made
 
 
 def drawn(n: int, seed: int = 0) -> dict[str, np.ndarray]:

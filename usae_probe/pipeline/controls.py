@@ -69,6 +69,7 @@ class ControlStage:
         self.config, self.run_folder, self.folder = config, folder, folder / "controls"
         self.buffer, self.source, self.within = buffer, source, within
         self._progress = progress
+        self._pixel_buffer: ActivationBuffer | None = None
 
     def do(self, usae: USAE, report: UniversalityReport) -> Controls:
         """Do what is not done yet.
@@ -158,17 +159,20 @@ class ControlStage:
         return Control.of("untrained", what, done.metrics or {}, run.seconds("train"))
 
     def _pixels(self, source: ImageSource) -> ActivationBuffer:
-        """Harvest the image statistics of the run's images."""
+        """Harvest the image statistics of the run's images, once for all models."""
+        if self._pixel_buffer is not None:
+            return self._pixel_buffer
         images = self.config.images
         module = fit_pixel_statistics(source, self.buffer.read("train", []).image_index, seed=images.seed)
         with attach_pixel_statistics(module) as model:
-            return harvest(
+            self._pixel_buffer = harvest(
                 [model],
                 source,
                 self.folder / "pixels" / "buffer",
                 images_config=images,
                 progress=lambda now: self._told("pixels", Progress("harvest", now.done, now.total, "images")),
             )
+        return self._pixel_buffer
 
     def _independent(self, seeds: Mapping[int, Path]) -> dict[str, dict[int, dict[str, TrainResult]]]:
         """Train the independent SAEs that match each seed's USAE: {kind: {seed: {site: SAE}}}."""

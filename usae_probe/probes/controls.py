@@ -13,7 +13,7 @@ from ..split import SplitName
 from ..usae import USAE, Matrix, ReconstructionSums
 from .matching import Counterparts, FoundAgain
 from .posthoc import PostHoc
-from .records import finite
+from .records import jsonable
 from .rows import some_rows
 
 
@@ -101,17 +101,17 @@ class Controls:
         """Return what `metrics.json` has of it, by its keys there."""
         independent = self.independent or {}
         return {
-            "controls": {control.name: _jsonable(_plain(control)) for control in self.controls},
+            "controls": {control.name: jsonable(vars(control)) for control in self.controls},
             "stability": {
                 "seeds": list(self.seeds),
                 "universal": list(self.universal),
                 "live": list(self.live),
-                "found_again": [_jsonable(found._asdict()) for found in self.found_again],
+                "found_again": [jsonable(found._asdict()) for found in self.found_again],
             },
             "independent_r2": {kind: _spreads(length.r2) for kind, length in independent.items()},
             "alignment_tax": {kind: _spreads(length.tax) for kind, length in independent.items()},
-            "posthoc": [_jsonable(found._asdict()) for found in self.posthoc],
-            "counterparts": {site: _jsonable(found._asdict()) for site, found in (self.counterparts or {}).items()},
+            "posthoc": [jsonable(found._asdict()) for found in self.posthoc],
+            "counterparts": {site: jsonable(found._asdict()) for site, found in (self.counterparts or {}).items()},
         }
 
 
@@ -124,15 +124,5 @@ def self_r2(usae: USAE, buffer: ActivationBuffer, split: SplitName) -> dict[str,
     return {site: r2[site][site] for site in usae.sites}
 
 
-def _plain(control: Control) -> dict[str, Any]:
-    return {**vars(control), "sites": list(control.sites)}
-
-
 def _spreads(by_site: Mapping[str, Spread]) -> dict[str, Any]:
-    return {site: _jsonable(spread._asdict()) for site, spread in by_site.items()}
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return finite(value) if isinstance(value, float) else value
+    return {site: jsonable(spread._asdict()) for site, spread in by_site.items()}

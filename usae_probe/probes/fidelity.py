@@ -21,7 +21,7 @@ from ..split import SplitName
 from ..usae import USAE, Matrix
 from .ablation import Ablation, Fires, LatentFidelity
 from .heads import Effect, HeadKind, PerImage, Reading
-from .records import finite
+from .records import jsonable
 from .rows import CHUNK_ROWS
 from .splicing import LiveSite, Probing, drawn, images_of, live_sites
 
@@ -76,7 +76,7 @@ class Fidelity:
         """Return it for JSON; what is not a number there is null."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content |= {"latents": [record._asdict() for record in self.latents], "medians": self.medians}
-        return {name: _jsonable(value) for name, value in content.items()}
+        return {name: jsonable(value) for name, value in content.items()}
 
 
 @torch.no_grad()
@@ -289,11 +289,3 @@ def _shares(found: Matrix, at_mean: dict[str, float], best: float, least: float)
         }
         for source, row in found.items()
     }
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    return finite(value) if isinstance(value, float) else value

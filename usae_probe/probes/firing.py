@@ -146,7 +146,7 @@ class FiringCounts:
         for pair in self.pairs:
             for start, both in self._in_common(fires[pair[0]], fires[pair[1]], n):
                 self.cofires[pair] += self._count(both.latent)
-                np.add(self.products[pair], self._sum(both.latent, both.z_a.double() * both.z_b), self.products[pair])
+                self.products[pair] += self._sum(both.latent, both.z_a.double() * both.z_b)
                 for counts, label in labelled:
                     counts.add_pair(pair, both, label[start:])
         self.n_rows += n

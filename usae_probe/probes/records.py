@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,6 +123,15 @@ class LatentRecord:
 def finite(value: float) -> float | None:
     """Return the number, or None where JSON has none for it."""
     return value if math.isfinite(value) else None
+
+
+def jsonable(value: Any) -> Any:
+    """Return a tree of dicts and lists with null for every number that JSON has none for."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 def _optional(value: float | None) -> str | int:

@@ -20,7 +20,7 @@ from .intervals import Interval
 from .linear import LinearReference
 from .nulls import NullCounts
 from .reconstruction import QUANTILES, share_of
-from .records import LatentRecord, PairRecord, finite
+from .records import LatentRecord, PairRecord, finite, jsonable
 from .similarity import Similarity
 from .universality import CATEGORIES, Category
 
@@ -49,7 +49,7 @@ class LabelFacts(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for `metrics.json`."""
-        return {key: finite(value) if isinstance(value, float) else value for key, value in self._asdict().items()}
+        return {key: jsonable(value) for key, value in self._asdict().items()}
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class UniversalityReport:
             "schema": SCHEMA,
             "sites": list(self.sites),
             "class_sites": list(self.class_sites),
-            "r2": _jsonable(self.r2),
-            "r2_train": _jsonable(self.r2_train),
-            "r2_global_mean": _jsonable(self.r2_global_mean),
+            "r2": jsonable(self.r2),
+            "r2_train": jsonable(self.r2_train),
+            "r2_global_mean": jsonable(self.r2_global_mean),
             "counts": self.counts,
             "n_split": self.n_split,
             "n_latents": len(self.latents),
@@ -197,18 +197,11 @@ class UniversalityReport:
             "n_live": self.n_live,
             "n_equal_rates": self.n_equal_rates,
             "n_positional": sum(record.positional for record in self.latents),
-            "r2_interval": self.r2_interval
-            and {
-                s: {t: [finite(end) for end in ends] for t, ends in row.items()} for s, row in self.r2_interval.items()
-            },
-            "r2_quantiles": self.r2_quantiles
-            and {
-                "levels": list(QUANTILES),
-                **{s: {t: [finite(v) for v in row] for t, row in of.items()} for s, of in self.r2_quantiles.items()},
-            },
-            "r2_ridge": _jsonable(self.linear.r2) if self.linear else None,
-            "r2_share": _jsonable(self.r2_share) if self.r2_share else None,
-            "similarity": _similarity(self.similarity),
+            "r2_interval": jsonable(self.r2_interval),
+            "r2_quantiles": self.r2_quantiles and {"levels": list(QUANTILES), **jsonable(self.r2_quantiles)},
+            "r2_ridge": jsonable(self.linear.r2) if self.linear else None,
+            "r2_share": jsonable(self.r2_share) if self.r2_share else None,
+            "similarity": jsonable(self.similarity._asdict()) if self.similarity else None,
             "nulls": [null.to_dict() for null in self.nulls],
             "universal_energy": {site: finite(share) for site, share in self.universal_energy.items()},
             "platonic": self.platonic,
@@ -252,13 +245,3 @@ def _entropy_histogram(latents: list[LatentRecord]) -> dict[str, list[float] | l
         for name, values in (("universal", universal), ("others", others))
     }
     return {"edges": edges, **bins}
-
-
-def _similarity(found: Similarity | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {name: _jsonable(value) if isinstance(value, dict) else value for name, value in found._asdict().items()}
-
-
-def _jsonable(matrix: Matrix) -> dict[str, dict[str, float | None]]:
-    return {s: {t: finite(v) for t, v in row.items()} for s, row in matrix.items()}
