@@ -203,6 +203,13 @@ def test_the_seed_of_a_config_reaches_the_weights() -> None:
         RunConfig.from_dict(tables | {"models": {"a": model | {"seed": -1}}}, base=Path())
 
 
+def test_drawing_weights_leaves_other_devices_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail(f"every GPU was seeded with {seed}"))
+    before = torch.get_rng_state()
+    attach("timm:test_resnet", pretrained=False, image_size=32, seed=1).close()
+    assert torch.get_rng_state().equal(before)
+
+
 def test_a_live_module_has_its_weights() -> None:
     with pytest.raises(UsageError, match="options and seed are for models given by name") as caught:
         attach(nn.Linear(2, 2), seed=1)

@@ -29,7 +29,7 @@ from usae_probe.errors import (
     UsageError,
 )
 from usae_probe.images import Annotation, ImageSource, open_source
-from usae_probe.probes.ablation import draw_nulls
+from usae_probe.probes.ablation import LEAST_BOTH, draw_nulls
 from usae_probe.probes.fidelity import Fidelity, fidelity
 from usae_probe.probes.heads import Reading, final_features, fit_probe, has_head
 from usae_probe.usae import USAE
@@ -652,6 +652,8 @@ def test_a_shared_latent_has_correlated_effects_and_its_null_has_not(tmp_path: P
     assert shared.spearman > 0.9
     assert abs(shared.null_correlation) < 0.35  # of 64 images: 1/8 is one standard deviation
     assert abs(shared.null_spearman) < 0.35
+    assert shared.both_firing > 0.85  # stronger where it is stronger in the other model, too
+    assert abs(shared.null_both_firing) < 0.5
     assert max(abs(record.correlation) for record in others) < 0.4
     assert found.medians["correlation"] == np.median([record.correlation for record in found.latents])
     assert found.medians["null_spearman"] == np.median([record.null_spearman for record in found.latents])
@@ -691,21 +693,34 @@ def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int) -> None:
         energy = {
             s: (plain_z(usae, rows[s], s).mean(0) * usae.W_dec[:, usae.columns[s]].norm(dim=1)).numpy() for s in sites
         }
-        nulls = draw_nulls(energy, latents, 3)
+        nulls, compared = draw_nulls(energy, latents, 3), 0
         for record in found.latents:
-            own = {site: effect(site, record.latent) for site in sites}
-            fires = {s: int((plain_z(usae, rows[s], s)[:, record.latent] > 0).sum()) for s in sites}
-            assert record.n_firing == fires
+            k = record.latent
+            own = {site: effect(site, k) for site in sites}
+            fires = {s: plain_z(usae, rows[s], s).numpy() > 0 for s in sites}
+            n_firing = {s: int(fires[s][:, record.latent].sum()) for s in sites}
+            assert record.n_firing == n_firing
             assert record.effect == pytest.approx({site: x.mean() for site, x in own.items()}, rel=1e-6, abs=1e-12)
-            pairs = [(a, b) for a, b in combinations(sites, 2) if fires[a] and fires[b]]
+            pairs = [(a, b) for a, b in combinations(sites, 2) if n_firing[a] and n_firing[b]]
             against = [(own[a], effect(b, nulls[b, record.latent])) for a, b in pairs]
             together = [(own[a], own[b]) for a, b in pairs]
             for value, of in [(record.correlation, together), (record.null_correlation, against)]:
                 expected = np.mean([pearson(x, y) for x, y in of]) if of else math.nan
                 assert value == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
+            for value, other, effects in [
+                (record.both_firing, dict.fromkeys(sites, k), together),
+                (record.null_both_firing, {b: nulls.get((b, k)) for b in sites}, against),
+            ]:
+                both = [fires[a][:, k] & fires[b][:, other[b]] for a, b in pairs]
+                each = [pearson(x[i], y[i]) for i, (x, y) in zip(both, effects, strict=True) if i.sum() >= LEAST_BOTH]
+                known = [one for one in each if not math.isnan(one)]
+                expected = np.mean(known) if known else math.nan
+                assert value == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
+                compared += len(known)
             spearman = np.mean([pearson(ranks(x), ranks(y)) for x, y in together]) if together else math.nan
             assert record.spearman == pytest.approx(spearman, abs=1e-6, nan_ok=True)
     assert sum(math.isfinite(record.correlation) for record in found.latents) >= 2
+    assert compared >= 2
 
 
 def test_ablation_at_every_place_of_the_common_grid(tmp_path: Path) -> None:
@@ -824,7 +839,8 @@ def test_images_are_drawn_by_seed_and_progress_ends_at_its_total(tmp_path: Path)
     content = json.loads(json.dumps(first.to_dict(), allow_nan=False))
     assert content["cosine"]["a/1"]["b/0"] is None
     assert content["latents"][0]["latent"] == 1
-    assert set(content["medians"]) == {"correlation", "null_correlation", "spearman", "null_spearman"}
+    names = ("correlation", "spearman", "both_firing")
+    assert set(content["medians"]) == {*names, *(f"null_{name}" for name in names)}
     assert content["measured_on"] == "holdout"
 
 

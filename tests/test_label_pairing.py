@@ -10,16 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import usae_probe.usae.state as state_module
 from usae_probe.buffer import ActivationBuffer, Rows
 from usae_probe.config import TrainConfig
 from usae_probe.errors import ConfigError
-from usae_probe.usae import StepRecord, exchanged, losses, train
+from usae_probe.usae import StepRecord, exchanged, train
 from usae_probe.usae.draws import Mispairing
 
-from .trainings import Stopped, related_rows, same
+from .trainings import Stopped, batches_seen, related_rows, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,20 +87,6 @@ class TestMispairing:
 
 
 class TestTraining:
-    def batches(self, monkeypatch: pytest.MonkeyPatch, buffer: ActivationBuffer, **options: Any) -> list[Tensor]:
-        """The stacked, normalised rows of every step."""
-        seen: list[Tensor] = []
-        original = losses.alignment_loss
-
-        def spying(usae: Any, x: Tensor, *terms: Any) -> Any:
-            seen.append(x.clone())
-            return original(usae, x, *terms)
-
-        monkeypatch.setattr(losses, "alignment_loss", spying)
-        train(buffer, **SETTINGS | {"steps": 5, "k": 2}, align_warmup=0.9, **options)
-        monkeypatch.setattr(losses, "alignment_loss", original)
-        return seen
-
     def test_rows_of_one_label_are_paired(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         # an image's number and its label are in both sites' rows
         numbers = np.arange(400.0)[:, None]
@@ -110,8 +95,9 @@ class TestTraining:
             "n/b": -np.hstack([numbers, LABELS[:, None], numbers]),
         }
         buffer = ActivationBuffer.from_arrays(arrays, tmp_path / "acts", dtype="float32")
-        paired = self.batches(monkeypatch, buffer, pairing="image")
-        found = self.batches(monkeypatch, buffer, pairing="label", labels=LABELS)
+        how = SETTINGS | {"steps": 5, "k": 2}
+        paired = batches_seen(monkeypatch, buffer, pairing="image", **how)
+        found = batches_seen(monkeypatch, buffer, pairing="label", labels=LABELS, **how)
         assert len(paired) == len(found) == 4
         for good, bad in zip(paired, found, strict=True):
             for columns in (slice(0, 4), slice(4, 7)):  # every site sees the rows that it would have seen

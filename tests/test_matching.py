@@ -158,7 +158,7 @@ def made(path: Path, n: int = 400) -> ActivationBuffer:
 def test_codes_are_those_of_the_usae(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, sparsity: str
 ) -> None:
-    monkeypatch.setattr(matching, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr("usae_probe.probes.rows.CHUNK_ROWS", chunk)
     buffer = made(tmp_path)
     usae = USAE(DIMS, 40, 4, sparsity=sparsity, seed=1)
     with torch.no_grad():

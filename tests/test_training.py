@@ -24,7 +24,7 @@ from usae_probe.usae import StepRecord, TrainResult, losses, train, train_steps,
 from usae_probe.usae.schedule import learning_rate, phase_and_source
 
 from . import oracles
-from .trainings import PLAIN
+from .trainings import PLAIN, batches_seen
 
 MODULE = sys.modules[train.__module__]  # the package's attribute of that name is the function
 SITES = ["m/a", "n/b"]
@@ -227,24 +227,14 @@ class TestLoss:
 
 
 class TestPairing:
-    def batches(self, monkeypatch: pytest.MonkeyPatch, buffer: ActivationBuffer, pairing: str) -> list[Tensor]:
-        seen: list[Tensor] = []
-        original = losses.alignment_loss
-
-        def spying(usae: Any, x: Tensor, *terms: Any) -> Any:
-            seen.append(x.clone())
-            return original(usae, x, *terms)
-
-        monkeypatch.setattr(losses, "alignment_loss", spying)
-        train(buffer, **(SMALL | {"steps": 4}), align_warmup=0.9, pairing=pairing)
-        monkeypatch.setattr(losses, "alignment_loss", original)
-        return seen
-
     def test_shuffled_changes_pairs_and_nothing_else(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         numbers = np.random.default_rng(0).normal(size=(400, 1))
         rows = {"m/a": numbers @ np.ones((1, 9)), "n/b": numbers @ -np.ones((1, 8))}  # one tells the other
         buffer = ActivationBuffer.from_arrays(rows, tmp_path / "acts", dtype="float32")
-        paired, mispaired = (self.batches(monkeypatch, buffer, pairing) for pairing in ("image", "shuffled"))
+        how = SMALL | {"steps": 4}
+        paired, mispaired = (
+            batches_seen(monkeypatch, buffer, pairing=pairing, **how) for pairing in ("image", "shuffled")
+        )
         assert len(paired) == len(mispaired) == 4
         for good, bad in zip(paired, mispaired, strict=True):
             torch.testing.assert_close(good[:, 0], -good[:, 9], rtol=1e-4, atol=1e-5)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
 from usae_probe.buffer import ActivationBuffer
-from usae_probe.usae import USAE
+from usae_probe.usae import USAE, losses, train
 
 PLAIN: dict[str, Any] = {"self_share": "equal", "latent_dropout": 0.0}
 """Settings of a training whose loss is the plain sum of its targets' errors."""
@@ -25,6 +27,21 @@ def related_rows(path: Path) -> ActivationBuffer:
     shared = rng.normal(size=(400, 10))
     arrays = {"a/x": shared @ rng.normal(size=(10, 12)), "b/y": shared @ rng.normal(size=(10, 9))}
     return ActivationBuffer.from_arrays(arrays, path, dtype="float32")
+
+
+def batches_seen(monkeypatch: pytest.MonkeyPatch, buffer: ActivationBuffer, **settings: Any) -> list[Tensor]:
+    """Train, and return the stacked, normalised rows of every step but the last ones, which do not align."""
+    seen: list[Tensor] = []
+    original = losses.alignment_loss
+
+    def spying(usae: Any, x: Tensor, *terms: Any) -> Any:
+        seen.append(x.clone())
+        return original(usae, x, *terms)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(losses, "alignment_loss", spying)
+        train(buffer, align_warmup=0.9, **settings)
+    return seen
 
 
 def same(a: USAE, b: USAE) -> bool:

@@ -101,7 +101,9 @@ def attach(
         path = None if checkpoint is None else (base or Path.cwd()) / Path(checkpoint).expanduser()
         spec = ModelSpec(bare, pretrained and path is None, path, dict(options or {}), base or Path.cwd())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # untrained networks are the same each time, so that a run can be resumed
+            # Untrained networks are the same each time, so that a run can be resumed. They are drawn on the CPU:
+            # torch.manual_seed would seed the generators of every GPU too, and nothing would put them back.
+            torch.default_generator.manual_seed(seed)
             loaded = load_adapter(which).load(spec)
         name = name or _default_name(bare)
         placed = _placed(loaded.module.eval(), device or "auto", dtype or "float32")

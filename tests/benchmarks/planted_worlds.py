@@ -7,9 +7,12 @@ each. The hard one has three models, Zipf rates, gains by model, correlated pair
 two of the three share; it is where a recipe shows what it is worth. No threshold is applied here.
 
 `class_right` is the share of the live latents with an atom (cosine ≥ .9) that are called what it is: universal, or
-specific to its model. With `--mispaired`, the first plain world's rows are paired at random in training, with five
-seeds: which shares of the live latents are then universal or partial, and how many of them firing entropy alone would
-call universal (`n_equal_rates`); the worlds themselves are not trained on.
+specific to its model. `found_again` is the share of the first world's universal latents that trainings with other seeds
+have too (cosine ≥ .7 in both decoders).
+
+With `--mispaired`, the first plain world's rows are paired at random in training, with five seeds: which shares of the
+live latents are then universal or partial, and how many of them firing entropy alone would call universal
+(`n_equal_rates`); the worlds themselves are not trained on.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from tests.oracles import classes_of_atoms
 from tests.planted import HARD_SITES, SITES, World, found, found_hard, hard_world, planted_world
 from usae_probe.buffer import ActivationBuffer
 from usae_probe.probes import UniversalityReport, evaluate
+from usae_probe.probes.matching import found_again
 from usae_probe.usae import USAE, train
 
 PLAIN: dict[str, Any] = {"n_latents": 512, "k": 8, "batch_size": 1024}
 HARD: dict[str, Any] = {"n_latents": 1024, "k": 12, "batch_size": 1024}
+SEEDS = 3
 MISPAIRED_SEEDS = 5
 
 
@@ -45,6 +50,18 @@ def plain(seed: int, **settings: Any) -> dict[str, Any]:
     figures = found(world, usae, report)._asdict() | class_right(world, usae, report)
     nulls = [max(null.counts["universal"]) for null in report.nulls]
     return {"seed": seed, "seconds": seconds, **rounded(figures), "most_universal_when_paired_at_random": nulls}
+
+
+def found_anew(**settings: Any) -> list[dict[str, Any]]:
+    """Train on the first plain world with several seeds, and look for the first one's latents in the others."""
+    world = planted_world(0)
+    (first, report, _), *others = [trained(world.rows, PLAIN | settings | {"seed": seed}) for seed in range(SEEDS)]
+    numbers = [record.latent for record in report.universal]
+    shares = []
+    for other, its, _ in others:
+        found = found_again(first, other, numbers, [record.latent for record in its.universal])
+        shares.append(found._asdict() | {"universal_there": its.counts["universal"]})
+    return shares
 
 
 def mispaired(seed: int, **settings: Any) -> dict[str, Any]:
@@ -108,6 +125,7 @@ def main() -> None:
         document["mispaired"] = [mispaired(seed, **settings) for seed in range(MISPAIRED_SEEDS)]
     else:
         document["plain"] = [plain(seed, **settings) for seed in range(args.worlds)]
+        document["found_again"] = found_anew(**settings)
         document["hard"] = [hard(seed, **settings) for seed in range(args.hard_worlds)]
     print(json.dumps(document, indent=2))
 

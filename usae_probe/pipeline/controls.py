@@ -24,6 +24,7 @@ from ..probes.controls import Control, Controls, Length, Spread, self_r2
 from ..probes.matching import Counterparts, code_matrix, counterparts, found_again
 from ..probes.pixels import attach_pixel_statistics, fit_pixel_statistics
 from ..probes.posthoc import matched_afterwards
+from ..probes.records import or_nan
 from ..sites import model_of
 from ..untrained import reinitialise
 from ..usae import USAE, StepRecord, TrainResult, train_independent
@@ -79,16 +80,18 @@ class ControlStage:
         """
         self.buffer.demand_all_rows()
         seeds = {self.config.train.seed: self.run_folder}
+        own = {self.config.train.seed: {site: report.r2[site][site] for site in usae.sites}}
         live, universal, again = [report.n_live], [report.counts["universal"]], []
         numbers = [record.latent for record in report.universal]
         for seed in range(self.config.train.seed + 1, self.config.train.seed + self.config.probes.seeds):
             cell = self._trained(f"seed {seed}", self._changed(seed=seed), self.buffer)
-            seeds[seed] = cell.folder
-            control = _control(f"seed {seed}", "", cell)
+            seeds[seed], metrics = cell.folder, cell.metrics or {}
+            control = _of_cell(f"seed {seed}", "", cell)
             live.append(control.n_live)
             universal.append(control.counts["universal"])
+            own[seed] = {site: or_nan(metrics["r2"][site][site]) for site in usae.sites}
             other = USAE.load(cell.folder / "usae.safetensors", kernel=self.config.train.kernel)
-            again.append(found_again(usae, other, numbers, (cell.metrics or {})["universal_latents"]))
+            again.append(found_again(usae, other, numbers, metrics["universal_latents"]))
         several = len(report.class_sites) > 1
         controls = tuple(self._controls(report.class_sites)) if several else ()
         independent = self._independent(seeds) if len(usae.sites) > 1 else {}
@@ -102,7 +105,7 @@ class ControlStage:
             universal=tuple(universal),
             live=tuple(live),
             found_again=tuple(again),
-            independent=self._lengths(independent, seeds) or None,
+            independent=self._lengths(independent, own) or None,
             posthoc=tuple(compare(matched_on=rows) for rows in ("holdout", "train")) if len(classes) > 1 else (),
             counterparts={site: self._counterparts(sae, usae, numbers) for site, sae in classes.items()} or None,
         )
@@ -134,19 +137,19 @@ class ControlStage:
                 warnings.warn(f"the control '{name}' is left out: {error}", UsaeProbeWarning, stacklevel=2)
 
     def _control(self, name: str, what: str, pairing: str) -> Control:
-        return _control(name, what, self._trained(name, self._changed(pairing=pairing), self.buffer))
+        return _of_cell(name, what, self._trained(name, self._changed(pairing=pairing), self.buffer))
 
     def _with_pixels(self, source: ImageSource, site: str) -> Control:
         name = f"pixels and {model_of(site)}"
         view = JoinedBuffer({PIXELS: (self._pixels(source), PIXELS), site: (self.buffer, site)})
         cell = self._trained(name, self._alone(), view)
-        return _control(name, f"image statistics (colour layout, Gabor energies) with {site}", cell)
+        return _of_cell(name, f"image statistics (colour layout, Gabor energies) with {site}", cell)
 
     def _twice(self, site: str) -> Control:
         model, _, layer = site.partition("/")
         view = JoinedBuffer({site: (self.buffer, site), f"{model}-again/{layer}": (self.buffer, site)})
         cell = self._trained(f"{model} twice", self._alone(), view)
-        return _control(f"{model} twice", f"{site} with itself: as much as can be shared", cell)
+        return _of_cell(f"{model} twice", f"{site} with itself: as much as can be shared", cell)
 
     def _untrained(self) -> Control:
         follow = partial(self._told, "untrained")
@@ -191,15 +194,11 @@ class ControlStage:
         return found
 
     def _lengths(
-        self, independent: Mapping[str, Mapping[int, Mapping[str, TrainResult]]], seeds: Mapping[int, Path]
+        self,
+        independent: Mapping[str, Mapping[int, Mapping[str, TrainResult]]],
+        own: Mapping[int, Mapping[str, float]],
     ) -> dict[str, Length]:
-        """Measure the independent SAEs, beside the USAEs that they match."""
-        if not independent:
-            return {}
-        own = {}
-        for seed, folder in seeds.items():
-            usae = USAE.load(folder / "usae.safetensors", kernel=self.config.train.kernel)
-            own[seed] = self_r2(usae, self.buffer, "holdout")
+        """Measure the independent SAEs, beside the self-R² of the USAEs that they match, {seed: {site: R²}}."""
         found = {}
         for kind, by_seed in independent.items():
             r2 = {
@@ -279,7 +278,7 @@ class UntrainedRun(Run):
         )
 
 
-def _control(name: str, what: str, cell: CellResult) -> Control:
+def _of_cell(name: str, what: str, cell: CellResult) -> Control:
     return Control.of(name, what, cell.metrics or {}, cell.seconds or 0.0)
 
 

@@ -23,6 +23,8 @@ from .splicing import LiveSite
 
 N_NEAREST = 10
 """Live latents nearest in energy, of which one is drawn for the null."""
+LEAST_BOTH = 8
+"""Images in which both sites must fire for a correlation over them."""
 _CONSTANT = 1e-10
 """Effects that differ by less over the images are rounding."""
 
@@ -38,6 +40,8 @@ class LatentFidelity(NamedTuple):
         correlation: Pearson's, over images, of its effects in two sites; mean over the pairs of sites where both vary.
         null_correlation: the same with, in the second site, a random latent of about the same energy there.
         spearman, null_spearman: the same with Spearman's.
+        both_firing, null_both_firing: Pearson's over the images in which both fire, `LEAST_BOTH` or more: that the two
+            fire on the same images, which alone correlates their effects, has no part in it.
         n_firing: {site: images in which it fires}.
         effect: {site: its effect, mean over all images}; 0 for images in which it does not fire.
     """
@@ -47,6 +51,8 @@ class LatentFidelity(NamedTuple):
     null_correlation: float
     spearman: float
     null_spearman: float
+    both_firing: float
+    null_both_firing: float
     n_firing: dict[str, int]
     effect: dict[str, float]
 
@@ -164,22 +170,38 @@ class Ablation:
             self.effects[one.key, latent][image] = effect
 
     def _record(self, latent: int) -> LatentFidelity:
-        own = {one.key: self.effects[one.key, latent] for one in self.live}
-        found = []
-        for a, b in combinations(own, 2):
-            together = _correlations(own[a], own[b])
-            if not math.isnan(together[0]):  # else there is nothing that a null could stand beside
-                null = self.effects.get((b, self.nulls.get((b, latent), -1)), np.zeros(0))
-                found.append((*together, *_correlations(own[a], null)))
-        pearson, spearman, null_pearson, null_spearman = map(_mean, zip(*found, strict=True)) if found else _NOTHING
+        sites = [one.key for one in self.live]
+        found, against = [], []
+        for a, b in combinations(sites, 2):
+            together = self._correlated((a, latent), (b, latent))
+            if not math.isnan(together.pearson):  # else there is nothing that a null could stand beside
+                found.append(together)
+                against.append(self._correlated((a, latent), (b, self.nulls.get((b, latent), -1))))
+        own, null = _means(found), _means(against)
         return LatentFidelity(
             latent=latent,
-            correlation=pearson,
-            null_correlation=null_pearson,
-            spearman=spearman,
-            null_spearman=null_spearman,
-            n_firing={site: len(self.firing[site].get(latent, ())) for site in own},
-            effect={site: float(effects.mean()) for site, effects in own.items()},
+            correlation=own.pearson,
+            null_correlation=null.pearson,
+            spearman=own.spearman,
+            null_spearman=null.spearman,
+            both_firing=own.both_firing,
+            null_both_firing=null.both_firing,
+            n_firing={site: len(self.firing[site].get(latent, ())) for site in sites},
+            effect={site: float(self.effects[site, latent].mean()) for site in sites},
+        )
+
+    def _correlated(self, first: tuple[str, int], second: tuple[str, int]) -> _Correlations:
+        """Correlate the effects of two latents, (site, latent) each; NaN for one that was not ablated."""
+        if second not in self.effects:
+            return _Correlations(math.nan, math.nan, math.nan)
+        a, b = self.effects[first], self.effects[second]
+        firing = [set(self.firing[site].get(latent, ())) for site, latent in (first, second)]
+        both = sorted(set.intersection(*firing))
+        few = len(both) < LEAST_BOTH
+        return _Correlations(
+            _pearson(a, b),
+            _pearson(stats.rankdata(a), stats.rankdata(b)) if _vary(a, b) else math.nan,
+            math.nan if few else _pearson(a[both], b[both]),
         )
 
 
@@ -225,15 +247,23 @@ def draw_nulls(energy: Mapping[str, np.ndarray], latents: Sequence[int], seed: i
     return drawn
 
 
-_NOTHING = (math.nan,) * 4
+class _Correlations(NamedTuple):
+    pearson: float
+    spearman: float
+    both_firing: float
 
 
-def _correlations(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Return Pearson's and Spearman's correlation; NaN where one of the two is constant, or there is none."""
-    if len(a) != len(b) or min(np.ptp(a), np.ptp(b)) <= _CONSTANT:
-        return math.nan, math.nan
-    ranks = stats.rankdata(a), stats.rankdata(b)
-    return float(np.corrcoef(a, b)[0, 1]), float(np.corrcoef(*ranks)[0, 1])
+def _vary(a: np.ndarray, b: np.ndarray) -> bool:
+    return min(np.ptp(a), np.ptp(b)) > _CONSTANT
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if _vary(a, b) else math.nan
+
+
+def _means(found: Sequence[_Correlations]) -> _Correlations:
+    """Return the mean of what is known of each; NaN where nothing is."""
+    return _Correlations(*map(_mean, zip(*found, strict=True))) if found else _Correlations(*[math.nan] * 3)
 
 
 def _mean(values: Sequence[float]) -> float:

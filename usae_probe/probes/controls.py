@@ -13,7 +13,7 @@ from ..split import SplitName
 from ..usae import USAE, Matrix, ReconstructionSums
 from .matching import Counterparts, FoundAgain
 from .posthoc import PostHoc
-from .records import jsonable
+from .records import jsonable, or_nan
 from .rows import some_rows
 
 
@@ -57,7 +57,7 @@ class Control:
     def of(cls, name: str, what: str, metrics: Mapping[str, Any], seconds: float) -> Control:
         """Take what is wanted of the content of a `metrics.json`."""
         sites, counts = tuple(metrics["class_sites"]), dict(metrics["counts"])
-        r2 = {a: {b: float("nan") if (v := metrics["r2"][a][b]) is None else v for b in sites} for a in sites}
+        r2 = {a: {b: or_nan(metrics["r2"][a][b]) for b in sites} for a in sites}
         return cls(name, what, sites, counts, metrics["n_latents"] - counts["rare"] - counts["dead"], r2, seconds)
 
 

@@ -63,9 +63,10 @@ class Fidelity:
 
     @property
     def medians(self) -> dict[str, float]:
-        """Medians of the four correlations, over the latents that have both one and its null; NaN without any."""
+        """Medians of the correlations, over the latents that have both one and its null; NaN without any."""
         found: dict[str, float] = {}
-        for name, null in (("correlation", "null_correlation"), ("spearman", "null_spearman")):
+        for name in ("correlation", "spearman", "both_firing"):
+            null = f"null_{name}"
             pairs = [(getattr(record, name), getattr(record, null)) for record in self.latents]
             known = [pair for pair in pairs if all(map(math.isfinite, pair))]
             both = np.median(known, axis=0).tolist() if known else [math.nan, math.nan]

@@ -16,7 +16,7 @@ from ..buffer import ActivationBuffer
 from ..errors import UsageError
 from ..split import SplitName
 from ..usae import USAE
-from .rows import CHUNK_ROWS, check_sites, some_rows
+from .rows import check_sites, some_rows
 
 GREEDY_ABOVE = 8192
 """Latents on either side above which `match` is greedy: the exact matching takes O(n³)."""
@@ -71,12 +71,8 @@ def code_matrix(
     check_sites(usae, buffer, [site])
     if max_rows is not None and max_rows < 1:
         raise UsageError(f"{max_rows} rows were asked for; max_rows must be at least 1")
-    if max_rows is None:
-        chunks = buffer.chunks(split, CHUNK_ROWS, [site])
-    else:
-        chunks = some_rows(buffer, split, max_rows, [site])
     counts, columns, data = [np.zeros(1, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.float32)]
-    for rows in chunks:
+    for rows in some_rows(buffer, split, buffer.n_rows(split) if max_rows is None else max_rows, [site]):
         codes = usae.encode(torch.from_numpy(rows.values[site]), site)
         values, indices = (part.cpu().numpy() for part in codes)
         row, entry = np.nonzero(values > 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,9 @@ KEPT_ROWS = 100_000
 """Held-out rows whose fires are kept to be paired anew."""
 _ALL_ROWS = 200_000
 _CHUNK = 1024
+
+Renamed = Callable[[Mapping[str, Fires], int], Mapping[str, Fires]]
+"""Of the fires of every site over n rows, the same with other latents."""
 
 
 class NullCounts(NamedTuple):
@@ -64,6 +67,7 @@ class KeptFires:
         self.sites, self.n_latents = tuple(sites), n_latents
         self.n_rows = 0
         self._latents: dict[str, list[Tensor]] = {site: [] for site in self.sites}
+        self._z: dict[str, list[Tensor]] = {site: [] for site in self.sites}
         self._per_row: dict[str, list[Tensor]] = {site: [] for site in self.sites}
         self._images: list[np.ndarray] = []
         self._tokens: list[np.ndarray] = []
@@ -74,12 +78,20 @@ class KeptFires:
             return
         for site in self.sites:
             self._latents[site].append(fires[site].latent.int())
+            self._z[site].append(fires[site].z)
             self._per_row[site].append(torch.bincount(fires[site].row, minlength=n))
         self._images.append(image_index)
         self._tokens.append(token_index)
         self.n_rows += n
 
-    def nulls(self, thresholds: ProbesConfig, places: int, *, labels: Annotation | None = None) -> NullCounts | None:
+    def nulls(
+        self,
+        thresholds: ProbesConfig,
+        places: int,
+        *,
+        labels: Annotation | None = None,
+        renamed: Renamed | None = None,
+    ) -> NullCounts | None:
         """Pair images at random, `thresholds.nulls` times (fewer where rows are many), and classify the latents.
 
         An image's rows stay together and keep their places, and only images with as many rows are exchanged, so every
@@ -89,6 +101,7 @@ class KeptFires:
             thresholds: as for `classify`.
             places: rows of each image where they are as many in all; 0 or 1 otherwise.
             labels: exchange only images with the same label.
+            renamed: gives the latents of each pairing other numbers, before they are counted.
 
         Returns:
             None when no rows were kept, or no pairing is asked for.
@@ -99,7 +112,7 @@ class KeptFires:
         begins = image_begins(images)
         counts = np.diff(begins, append=len(images))
         strata = counts if labels is None else counts + (counts.max() + 1) * (labels.values[images[begins]] + 1)
-        kept = {site: _Ragged.of(self._latents[site], self._per_row[site]) for site in self.sites}
+        kept = {site: _Ragged.of(self._latents[site], self._z[site], self._per_row[site]) for site in self.sites}
         found: dict[str, list[int]] = {name: [] for name in CATEGORIES}
         for number in range(max(1, min(thresholds.nulls, _ALL_ROWS // self.n_rows))):
             draw = np.random.default_rng((thresholds.seed, 3, number))
@@ -108,9 +121,12 @@ class KeptFires:
             tally = FiringCounts(
                 self.sites, self.n_latents, draw=draw if several else None, places=places if several else 0
             )
+            fires: Mapping[str, Fires] = {site: kept[site].take(rows[site]) for site in self.sites}
+            if renamed:
+                fires = renamed(fires, len(images))
             for part in _parts(begins, len(images)):
-                fires = {site: kept[site].take(rows[site][part]) for site in self.sites}
-                tally.add_fires(fires, part.stop - part.start, images[part], tokens[part])
+                of_part = {site: fires[site].between(part.start, part.stop) for site in self.sites}
+                tally.add_fires(of_part, part.stop - part.start, images[part], tokens[part])
             category = classify(tally, self.sites, thresholds).category
             for name in CATEGORIES:
                 found[name].append(int((category == name).sum()))
@@ -118,15 +134,16 @@ class KeptFires:
 
 
 class _Ragged(NamedTuple):
-    """The latents that fire in each row."""
+    """The latents that fire in each row, and z."""
 
     latents: Tensor
+    z: Tensor
     begins: Tensor
 
     @classmethod
-    def of(cls, latents: list[Tensor], per_row: list[Tensor]) -> _Ragged:
+    def of(cls, latents: list[Tensor], z: list[Tensor], per_row: list[Tensor]) -> _Ragged:
         counts = torch.cat(per_row)
-        return cls(torch.cat(latents), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+        return cls(torch.cat(latents), torch.cat(z), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
     def take(self, rows: np.ndarray) -> Fires:
         """Return the fires of these rows, counted from 0."""
@@ -134,8 +151,8 @@ class _Ragged(NamedTuple):
         first = self.begins[wanted]
         counts = self.begins[wanted + 1] - first
         row = torch.arange(len(wanted)).repeat_interleave(counts)
-        within = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        return Fires(row, self.latents[first[row] + within].long(), torch.ones(len(row)))
+        at = torch.arange(len(row)) - (counts.cumsum(0) - counts - first)[row]
+        return Fires(row, self.latents[at].long(), self.z[at])
 
 
 def _paired(

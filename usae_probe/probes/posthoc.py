@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
+from torch import Tensor
 
 from ..buffer import ActivationBuffer
 from ..config import ProbesConfig
@@ -19,6 +22,9 @@ from .nulls import KeptFires
 from .rows import rows_per_image, whole_images
 from .universality import CATEGORIES, classify
 
+MATCHED_ANEW = 3
+"""Pairings for the null of latents that are matched on the tested rows: each takes a matching of its own."""
+
 
 class PostHoc(NamedTuple):
     """Latents of independent SAEs, matched one to one, and what the co-firing test says of the pairs.
@@ -27,7 +33,8 @@ class PostHoc(NamedTuple):
         matched_on: the rows whose codes were correlated.
         n_pairs: matched pairs (or tuples, of more sites).
         counts: pairs per class, on held-out rows, as for the latents of a USAE.
-        null: universal pairs with images paired at random after matching, in the mean.
+        null: universal pairs with the tested images paired at random, in the mean; matched on them, they are paired
+            before matching, so that this is what matching makes up.
     """
 
     matched_on: SplitName
@@ -58,41 +65,57 @@ def matched_afterwards(
         matched_on: rows whose codes are correlated (of training rows, at most `train_rows`).
         split: rows of the test.
     """
-    sites = tuple(saes)
-    first, n_latents = sites[0], saes[sites[0]].n_latents
-    place = partners(saes, buffer, matched_on, config.train_rows if matched_on == "train" else None)
+    sites, n_latents = tuple(saes), next(iter(saes.values())).n_latents
+    most = config.train_rows if matched_on == "train" else None
+    place = partners({site: code_matrix(sae, site, buffer, matched_on, most) for site, sae in saes.items()})
     places = rows_per_image(buffer, sites)
     draw = None if places == 1 else np.random.default_rng(config.seed)
     counts = FiringCounts(sites, n_latents, config.tau, draw, pairs=list(combinations(sites, 2)), places=places)
     kept = KeptFires(sites, n_latents)
     for rows in whole_images(buffer, split, sites):
-        fires = {}
-        for site, sae in saes.items():
-            row, latent, z = Fires.of(sae.encode(torch.from_numpy(rows.values[site]), site), config.tau)
-            at = place[site][latent]
-            fires[site] = Fires(row[at >= 0], at[at >= 0], z[at >= 0])
-        counts.add_fires(fires, rows.n, rows.image_index, rows.token_index)
+        values = {site: torch.from_numpy(x) for site, x in rows.values.items()}
+        fires = {site: Fires.of(sae.encode(values[site], site), config.tau) for site, sae in saes.items()}
+        counts.add_fires(_placed(fires, place), rows.n, rows.image_index, rows.token_index)
         kept.add(fires, rows.n, rows.image_index, rows.token_index)
+    if matched_on == split:
+        few = config.model_copy(update={"nulls": min(config.nulls, MATCHED_ANEW)})
+        null = kept.nulls(few, places, renamed=partial(_matched_anew, saes))
+    else:
+        null = kept.nulls(config, places, renamed=lambda fires, _: _placed(fires, place))
     category = classify(counts, sites, config).category
-    null = kept.nulls(config, places)
-    return PostHoc(
-        matched_on,
-        min(n_latents, *(int((place[site] >= 0).sum()) for site in sites if site != first)),
-        {name: int((category == name).sum()) for name in CATEGORIES},
-        null.universal if null else None,
-    )
+    n_pairs = min(n_latents, *(int((place[site] >= 0).sum()) for site in sites[1:]))
+    by_class = {name: int((category == name).sum()) for name in CATEGORIES}
+    return PostHoc(matched_on, n_pairs, by_class, null.universal if null else None)
 
 
-def partners(
-    saes: Mapping[str, USAE], buffer: ActivationBuffer, split: SplitName, max_rows: int | None
-) -> dict[str, torch.Tensor]:
-    """Return, by site, the latent of the first site that each latent is matched with; −1 where it has no partner."""
-    sites: Sequence[str] = tuple(saes)
-    codes = code_matrix(saes[sites[0]], sites[0], buffer, split, max_rows)
-    place = {sites[0]: torch.arange(saes[sites[0]].n_latents)}
-    for site in sites[1:]:
-        other = code_matrix(saes[site], site, buffer, split, max_rows)
-        rows, columns = match(code_correlation(codes, other))
-        place[site] = torch.full((saes[site].n_latents,), -1)
+def partners(codes: Mapping[str, csr_array]) -> dict[str, Tensor]:
+    """Return, by site, the latent of the first site that each latent is matched with; −1 where it has no partner.
+
+    Args:
+        codes: {site: [rows, its latents]}, two or more, of the same rows.
+    """
+    first, *others = codes
+    place = {first: torch.arange(codes[first].shape[1])}
+    for site in others:
+        rows, columns = match(code_correlation(codes[first], codes[site]))
+        place[site] = torch.full((codes[site].shape[1],), -1)
         place[site][torch.from_numpy(columns)] = torch.from_numpy(rows)
     return place
+
+
+def _placed(fires: Mapping[str, Fires], place: Mapping[str, Tensor]) -> dict[str, Fires]:
+    """Return the fires with each latent in the place of its partner, without those that have none."""
+    found = {}
+    for site, (row, latent, z) in fires.items():
+        at = place[site][latent]
+        found[site] = Fires(row[at >= 0], at[at >= 0], z[at >= 0])
+    return found
+
+
+def _matched_anew(saes: Mapping[str, USAE], fires: Mapping[str, Fires], n: int) -> dict[str, Fires]:
+    """Match the latents on these n rows, however they are paired."""
+    codes = {
+        site: csr_array((z.numpy(), (row.numpy(), latent.numpy())), shape=(n, saes[site].n_latents))
+        for site, (row, latent, z) in fires.items()
+    }
+    return _placed(fires, partners(codes))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .factors import Follows
 from .firing import Pair
 from .universality import Category
@@ -75,8 +77,8 @@ class LatentRecord:
 
     @property
     def phi(self) -> float:
-        """The smallest φ over the pairs of class sites; NaN without a pair."""
-        return min((pair.phi for pair in self.pairs.values()), default=math.nan)
+        """The smallest φ over the pairs of class sites, and within places; NaN without a pair."""
+        return min((float(np.fmin(pair.phi, pair.phi_place)) for pair in self.pairs.values()), default=math.nan)
 
     @property
     def correlation(self) -> float:
@@ -123,6 +125,11 @@ class LatentRecord:
 def finite(value: float) -> float | None:
     """Return the number, or None where JSON has none for it."""
     return value if math.isfinite(value) else None
+
+
+def or_nan(value: float | None) -> float:
+    """Return what `finite` was given, NaN for None."""
+    return math.nan if value is None else value
 
 
 def jsonable(value: Any) -> Any:

@@ -147,17 +147,16 @@ def _fidelity(metrics: Metrics) -> Group | None:
     if denominators:
         said += f"; mean ablation: {'; '.join(denominators)} top-1 agreement"
     lines = [Text(said, style="dim")]
-    effects = [one["correlation"] for one in found["latents"] if finite(one["correlation"])]
-    null = [one["null_correlation"] for one in found["latents"] if finite(one["null_correlation"])]
-    if effects:
-        beside_null = f" (random latents of equal energy {short(_median(null))})" if null else ""
-        lines.append(
-            Text(
-                f"ablated in all models, {len(effects)} universal latents: their effects on an image correlate at "
-                f"{short(_median(effects))} in the median{beside_null}",
-                style="dim",
-            )
+    if n := sum(finite(one["correlation"]) for one in found["latents"]):
+        effects, firing = (
+            _with_null(found["medians"][name], found["medians"][f"null_{name}"])
+            for name in ("correlation", "both_firing")
         )
+        said = (
+            f"ablated in all models, {n} universal latents: the median correlation of their effects on an image is "
+            f"{effects}, over images in which both fire {firing} (random latents of equal energy)"
+        )
+        lines.append(Text(said, style="dim"))
     return Group(Text("Fidelity in the live models", style="bold"), table, *lines)
 
 
@@ -208,12 +207,6 @@ def _span(values: Sequence[float]) -> str:
 def _mean(values: Sequence[float | int]) -> str:
     mean = sum(values) / len(values)
     return f"{mean:,.0f}" if mean == round(mean) or mean >= 9.95 else f"{mean:.1f}"
-
-
-def _median(values: Sequence[float]) -> float | None:
-    ranked = sorted(values)
-    middle = len(ranked) // 2
-    return None if not ranked else ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
 
 
 def _three(value: float | None) -> str:

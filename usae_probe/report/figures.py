@@ -11,6 +11,7 @@ from ..probes import UniversalityReport
 from ..probes.fidelity import Fidelity
 from ..probes.intervals import Interval
 from ..probes.linear import LinearReference
+from ..probes.records import or_nan
 from ..usae import sources_of
 from .heat_maps import Layout, Panel, matrices
 from .style import cycle, new_figure, percent, save, short
@@ -126,11 +127,7 @@ def _validation_lines(
     axis: Axes, measured: Sequence[Mapping[str, Any]], site: str, sites: Sequence[str], colour: str
 ) -> None:
     steps, others = [r["step"] for r in measured], [source for source in sites if source != site]
-    axis.plot(steps, [_number(r["r2"][site][site]) for r in measured], color=colour, marker=".")
+    axis.plot(steps, [or_nan(r["r2"][site][site]) for r in measured], color=colour, marker=".")
     if others:
-        cross = [sum(_number(r["r2"][source][site]) for source in others) / len(others) for r in measured]
+        cross = [sum(or_nan(r["r2"][source][site]) for source in others) / len(others) for r in measured]
         axis.plot(steps, cross, color=colour, marker=".", linestyle="--")
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
