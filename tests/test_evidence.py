@@ -105,7 +105,7 @@ def test_every_number_is_there(metrics: dict[str, Any]) -> None:
         "mispaired 5 90 .11 .22",
         "vit twice 1,901 90 .11 .22",
         "independent SAEs, matched on held-out rows 99 2,042 pairs",
-        "firing entropy ≥ .90 alone: 1,771; matched SAEs, then shuffled: 0, 0",
+        "firing entropy ≥ .90 alone: 1,771; matched SAEs, images shuffled: 0, 0",
         "found again with another seed (cosine ≥ .7 in all decoders): .52–.55",
         f"{A} .801 .825 .024 .825 .024",  # .825 − .024
         f"{B} .733 .730 −.003",
@@ -115,7 +115,7 @@ def test_every_number_is_there(metrics: dict[str, Any]) -> None:
         f"{B} .65 (.33) cosine .97",
         f"mean ablation: {A} 4.47 nats, .03 top-1 agreement",
         "2 universal latents: the median correlation of their effects on an image is .40 (.05), over images in which "
-        "energy .05)",
+        "both fire .25 (random latents of equal energy)",
         "Labels permuted 20 times, the best latent reaches AUROC .66.",
         "Of 144 universal latents 71 % have the same best label in all models (12 % by chance).",
     ):

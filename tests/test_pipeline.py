@@ -309,6 +309,7 @@ def test_single_stages(run: Runner, base: Path) -> None:
         (changed(images={"limit": 1}), ConfigError),
         (changed(probes={"sites": ["a/9"]}, images={"seed": 4}), UsageError),
         (changed(train={"device": "cuda:77"}, images={"seed": 4}), UsageError),
+        (changed(probes={"within": "hue"}, images={"seed": 4}), UsageError),
     ],
 )
 def test_a_config_that_cannot_work_leaves_the_results_of_another_alone(
@@ -319,6 +320,23 @@ def test_a_config_that_cannot_work_leaves_the_results_of_another_alone(
     with pytest.raises(kind):
         run(config)
     assert content(base / "run") == before
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"probes": {"within": "class"}}, r"within names 'class', but nothing is known about the images of .*bare.npz"),
+        ({"train": {"pairing": "label"}}, r"pairing = 'label' needs a label for every image"),
+    ],
+)
+def test_labels_that_are_not_there_are_missed_before_the_first_image_is_harvested(
+    run: Runner, base: Path, tables: dict[str, Any], message: str, online: bool
+) -> None:
+    np.savez(base / "bare.npz", images=np.load(base / "images.npz")["images"])
+    with pytest.raises(ConfigError, match=message):
+        run(changed(images={"source": "bare.npz"}, buffer={"online": online}, **tables))
+    assert not (base / "run" / "buffer").exists()
 
 
 def test_an_interruption_keeps_what_is_finished(run: Runner, base: Path) -> None:

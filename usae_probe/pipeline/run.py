@@ -26,7 +26,7 @@ from .models import attach_all
 from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
-from .source import demand_same_images, labels_of
+from .source import demand_same_images, labelled_source, labels_of
 from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
 from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
 
@@ -186,7 +186,7 @@ class Run:
         check_device(config.train.device)
         with ExitStack() as closing:
             models = self._checked_models(closing)
-            source = open_source(config.image_path)
+            source = labelled_source(config)
             spec = buffer_spec(models, source, config.images, config.buffer)
             discard_other_buffer(self.folder / "buffer", spec)
             self._tell("harvest", "harvest")
@@ -232,7 +232,7 @@ class Run:
     def _train_along(self) -> TrainResult:
         started, due = time.perf_counter(), self._harvest_is_due()
         with ExitStack() as closing:
-            models, source = self._checked_models(closing), open_source(self.config.image_path)
+            models, source = self._checked_models(closing), labelled_source(self.config)
             done = train_along(
                 self.folder, self.config, models, source, harvested=self._harvested, trained=self._trained
             )

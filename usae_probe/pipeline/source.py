@@ -8,9 +8,10 @@ import numpy as np
 
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import BufferMismatchError, ImageError, UsaeProbeWarning
+from ..errors import BufferMismatchError, ConfigError, ImageError, UsaeProbeWarning
 from ..images import ImageSource, annotations_of, open_source
 from ..probes import label_within
+from ..usae import demand_labels
 
 
 def demand_same_images(source: ImageSource, buffer: ActivationBuffer) -> None:
@@ -41,6 +42,26 @@ def same_source(config: RunConfig, buffer: ActivationBuffer) -> ImageSource | No
         warnings.warn(f"labels and images of {config.image_path} are left out: {error}", UsaeProbeWarning, stacklevel=2)
         return None
     demand_same_images(source, buffer)
+    return source
+
+
+def labelled_source(config: RunConfig) -> ImageSource:
+    """Open the images, before anything is made of them, and check that they have the labels that the config asks for.
+
+    Raises:
+        ConfigError: when rows are to be exchanged within labels, and the images have none.
+        UsageError: when they have others than the one that is asked for.
+    """
+    source = open_source(config.image_path)
+    if config.probes.within or config.train.pairing == "label":
+        found = label_within(annotations_of(source), config.probes.within)
+        if found is None and config.probes.within:
+            raise ConfigError(
+                f"probes.within names '{config.probes.within}', but nothing is known about the images of "
+                f"{source.location}",
+                hint="use class folders, or label arrays in an .npz; or leave it out",
+            )
+        demand_labels(config.train, None if found is None else found.values)
     return source
 
 

@@ -254,7 +254,7 @@ class _Correlations(NamedTuple):
 
 
 def _vary(a: np.ndarray, b: np.ndarray) -> bool:
-    return min(np.ptp(a), np.ptp(b)) > _CONSTANT
+    return bool(min(np.ptp(a), np.ptp(b)) > _CONSTANT)
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:

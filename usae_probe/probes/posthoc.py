@@ -84,7 +84,7 @@ def matched_afterwards(
         null = kept.nulls(config, places, renamed=lambda fires, _: _placed(fires, place))
     category = classify(counts, sites, config).category
     n_pairs = min(n_latents, *(int((place[site] >= 0).sum()) for site in sites[1:]))
-    by_class = {name: int((category == name).sum()) for name in CATEGORIES}
+    by_class: dict[str, int] = {name: int((category == name).sum()) for name in CATEGORIES}
     return PostHoc(matched_on, n_pairs, by_class, null.universal if null else None)
 
 

@@ -98,7 +98,7 @@ def _controls(metrics: Metrics) -> Group | None:
     equal = f"firing entropy ≥ {short(metrics['thresholds']['entropy'])} alone: {metrics['n_equal_rates']:,}"
     shuffled = [found["null"] for found in matched if finite(found["null"])]
     if shuffled:
-        equal += f"; matched SAEs, then shuffled: {', '.join(_mean([null]) for null in shuffled)}"
+        equal += f"; matched SAEs, images shuffled: {', '.join(_mean([null]) for null in shuffled)}"
     again = [found["share"] for found in stable.get("found_again", []) if finite(found["share"])]
     if again:
         equal += f"; found again with another seed (cosine ≥ .7 in all decoders): {_span(again)}"

@@ -2,7 +2,7 @@
 
 from ..world import World
 from .bottleneck import warn_without_bottleneck
-from .draws import exchanged, sources_of
+from .draws import demand_labels, exchanged, sources_of
 from .history import HistoryFile, read_history
 from .independent import encoder_updates, train_independent
 from .kernels import Codes, Support, choose_kernel, select_topk
@@ -26,6 +26,7 @@ __all__ = [
     "World",
     "check_tensorboard",
     "choose_kernel",
+    "demand_labels",
     "encoder_updates",
     "exchanged",
     "read_history",

@@ -78,6 +78,19 @@ def check_weighted_sites(sites: Sequence[str], how: TrainConfig) -> None:
             )
 
 
+def demand_labels(how: TrainConfig, labels: np.ndarray | None) -> None:
+    """Check that there are labels where rows are to be paired by them.
+
+    Raises:
+        ConfigError: when there are none.
+    """
+    if how.pairing == "label" and labels is None:
+        raise ConfigError(
+            "train.pairing = 'label' needs a label for every image",
+            hint="use images with labels (class folders, or label arrays in an .npz), or give labels=",
+        )
+
+
 class Mispairing:
     """Pairs the rows of different sites at random within a batch, in every step anew.
 
@@ -91,15 +104,9 @@ class Mispairing:
     """
 
     def __init__(self, how: TrainConfig, labels: np.ndarray | None) -> None:
-        self._seed, self._labels = how.seed, None
-        if how.pairing != "label":
-            return
-        if labels is None:
-            raise ConfigError(
-                "train.pairing = 'label' needs a label for every image",
-                hint="use images with labels (class folders, or label arrays in an .npz), or give labels=",
-            )
-        self._labels = np.asarray(labels, dtype=np.int64)
+        demand_labels(how, labels)
+        self._seed = how.seed
+        self._labels = np.asarray(labels, dtype=np.int64) if how.pairing == "label" else None
 
     def of(self, rows: Rows, step: int, share: slice) -> dict[str, np.ndarray]:
         """Return the share of each site's rows in one step, in an order of the site's own.
