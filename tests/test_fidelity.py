@@ -29,7 +29,7 @@ from usae_probe.errors import (
     UsageError,
 )
 from usae_probe.images import Annotation, ImageSource, open_source
-from usae_probe.probes.ablation import LEAST_BOTH, draw_nulls
+from usae_probe.probes.ablation import draw_nulls
 from usae_probe.probes.fidelity import Fidelity, fidelity
 from usae_probe.probes.heads import Reading, final_features, fit_probe, has_head
 from usae_probe.usae import USAE
@@ -652,8 +652,8 @@ def test_a_shared_latent_has_correlated_effects_and_its_null_has_not(tmp_path: P
     assert shared.spearman > 0.9
     assert abs(shared.null_correlation) < 0.35  # of 64 images: 1/8 is one standard deviation
     assert abs(shared.null_spearman) < 0.35
-    assert shared.both_firing > 0.85  # stronger where it is stronger in the other model, too
-    assert abs(shared.null_both_firing) < 0.5
+    assert shared.both_firing > 0.75  # stronger where it is stronger in the other model, too
+    assert abs(shared.null_both_firing) < 0.5  # of about 16 images
     assert max(abs(record.correlation) for record in others) < 0.4
     assert found.medians["correlation"] == np.median([record.correlation for record in found.latents])
     assert found.medians["null_spearman"] == np.median([record.null_spearman for record in found.latents])
@@ -670,7 +670,8 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int) -> None:
+def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usae_probe.probes.ablation.LEAST_BOTH", least := 3)
     pictures, buffer = drawings(), indexed(tmp_path)
     modules = {"a/0": conv_net(), "b/0": conv_net(width=4), "c/0": conv_net(width=5)}
     models = [hook(module, site[0], layers=["0"]) for site, module in modules.items()]
@@ -712,7 +713,7 @@ def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int) -> None:
                 (record.null_both_firing, {b: nulls.get((b, k)) for b in sites}, against),
             ]:
                 both = [fires[a][:, k] & fires[b][:, other[b]] for a, b in pairs]
-                each = [pearson(x[i], y[i]) for i, (x, y) in zip(both, effects, strict=True) if i.sum() >= LEAST_BOTH]
+                each = [pearson(x[i], y[i]) for i, (x, y) in zip(both, effects, strict=True) if i.sum() >= least]
                 known = [one for one in each if not math.isnan(one)]
                 expected = np.mean(known) if known else math.nan
                 assert value == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
