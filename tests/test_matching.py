@@ -300,15 +300,15 @@ def test_cosines_by_hand() -> None:
         for site, row in zip(usae.sites, rows, strict=True):
             set_decoder(usae, site, np.array(row))
     assert decoder_cosines(a, b, [0], [0]).tolist() == [[pytest.approx(0.6, abs=1e-7)]]
-    assert found_again(a, b, [0], [0], cosine=0.59) == FoundAgain(1.0, 1, 0.59)
-    assert found_again(a, b, [0], [0]) == FoundAgain(0.0, 1, 0.7)
+    assert found_again(a, b, [0], [0], cosine=0.59) == FoundAgain(1.0, 1, 0.59, pytest.approx(0.6))
+    assert found_again(a, b, [0], [0]) == FoundAgain(0.0, 1, 0.7, pytest.approx(0.6))
 
 
 def test_found_again_under_other_numbers_and_not_among_strangers() -> None:
     usae = USAE(DIMS, 100, 4, seed=1)
     every = list(range(100))
     same = permuted(usae, np.random.default_rng(0).permutation(100))
-    assert found_again(usae, same, every, every) == FoundAgain(1.0, 100, 0.7)
+    assert found_again(usae, same, every, every) == FoundAgain(1.0, 100, 0.7, pytest.approx(1.0))
     # by chance a cosine is ≥ .7 about once in 10⁴ pairs of 24 dimensions, in 10⁵ of 32: in both, never in 10⁴ pairs
     assert found_again(usae, USAE(DIMS, 100, 4, seed=2), every, every).share == 0
 
@@ -325,8 +325,8 @@ def test_in_all_decoders_and_only_once() -> None:
     assert found_again(usae, other, every, every).share == pytest.approx(30 / 40)
     # among the candidates are the partners of 12 latents; the other 28 have none
     same = permuted(usae, order)
-    assert found_again(usae, same, every, every[:12]) == FoundAgain(12 / 40, 40, 0.7)
-    assert found_again(usae, same, order[:12].tolist(), every) == FoundAgain(1.0, 12, 0.7)
+    assert found_again(usae, same, every, every[:12]) == FoundAgain(12 / 40, 40, 0.7, pytest.approx(1.0))
+    assert found_again(usae, same, order[:12].tolist(), every) == FoundAgain(1.0, 12, 0.7, pytest.approx(1.0))
     # two latents with one row, and one partner: it is the partner of one of them
     twins = usae.W_dec.detach().clone()
     twins[1] = twins[0]
@@ -337,10 +337,10 @@ def test_in_all_decoders_and_only_once() -> None:
 
 def test_found_again_of_none() -> None:
     usae = USAE(DIMS, 8, 2)
-    share, n, cosine = found_again(usae, usae, [], [0, 1])
-    assert math.isnan(share)
-    assert (n, cosine) == (0, 0.7)
-    assert found_again(usae, usae, [0, 1], []) == FoundAgain(0.0, 2, 0.7)
+    for latents, others, share in ([], [0, 1], math.nan), ([0, 1], [], 0.0):
+        found = found_again(usae, usae, latents, others)
+        assert found[:3] == (pytest.approx(share, nan_ok=True), len(latents), 0.7)
+        assert math.isnan(found.median)
 
 
 def test_other_sites_and_other_latents() -> None:

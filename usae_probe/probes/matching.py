@@ -161,11 +161,13 @@ class FoundAgain(NamedTuple):
         share: of the first one's latents; NaN when there are none.
         n: latents of the first.
         cosine: least cosine in every decoder.
+        median: of the matched pairs' cosines in the decoder in which each is least alike; NaN without a pair.
     """
 
     share: float
     n: int
     cosine: float
+    median: float
 
 
 def found_again(
@@ -187,9 +189,9 @@ def found_again(
         UsageError: when their sites differ, or for a latent out of range.
     """
     cosines = decoder_cosines(a, b, latents_a, latents_b)
-    n = len(latents_a)
-    found = int((cosines[match(cosines)] >= cosine).sum())
-    return FoundAgain(found / n if n else math.nan, n, cosine)
+    n, matched = len(latents_a), cosines[match(cosines)]
+    share = int((matched >= cosine).sum()) / n if n else math.nan
+    return FoundAgain(share, n, cosine, float(np.median(matched)) if len(matched) else math.nan)
 
 
 class Counterparts(NamedTuple):

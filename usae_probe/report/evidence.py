@@ -99,9 +99,13 @@ def _controls(metrics: Metrics) -> Group | None:
     shuffled = [found["null"] for found in matched if finite(found["null"])]
     if shuffled:
         equal += f"; matched SAEs, images shuffled: {', '.join(_mean([null]) for null in shuffled)}"
-    again = [found["share"] for found in stable.get("found_again", []) if finite(found["share"])]
+    again = [found for found in stable.get("found_again", []) if finite(found["share"]) and finite(found["median"])]
     if again:
-        equal += f"; found again with another seed (cosine ≥ .7 in all decoders): {_span(again)}"
+        shares, medians = (_span([found[key] for found in again]) for key in ("share", "median"))
+        equal += (
+            f"; found again with another seed (cosine ≥ .7 in all decoders): {shares}, median cosine of the matched "
+            f"{medians}"
+        )
     return Group(Text("Controls", style="bold"), table, Text(equal, style="dim"))
 
 
