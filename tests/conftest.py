@@ -41,7 +41,7 @@ def _seeded() -> None:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Run on one thread: on tiny products threads only wait for each other, and bits can depend on their number."""
-    from usae_probe.demo import one_thread  # not at the top: pytest's type checks are not on yet there
+    from usae_probe.world import one_thread  # not at the top: pytest's type checks are not on yet there
 
     with one_thread():
         yield

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from usae_probe import HookedModel, attach
-from usae_probe.demo import one_thread
 from usae_probe.errors import SiteError
 from usae_probe.hooks import LayerInfo, Layout
+from usae_probe.world import one_thread
 
 from .timm_families import FAMILIES, LEFT_OUT, Family, Truth, unrolled
 

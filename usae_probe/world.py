@@ -1,4 +1,4 @@
-"""The processes that work together, as the harvest, the loop, the losses and the sparsity see them.
+"""The processes that work together, as the harvest, the loop, the losses and the sparsity see them; their threads.
 
 In a single process a `World` does nothing. In several (`usae_probe.usae.distributed`) it makes every figure that is
 about the whole batch one of the whole batch: then gradients, averaged over the processes, are those of one process.
@@ -144,3 +144,18 @@ _current = World()
 def current() -> World:
     """Return the world in which a loss is being computed: one process, unless `at_work` says otherwise."""
     return _current
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread in this process.
+
+    Bits can depend on the number of threads; and in very small networks they only wait for each other, for minutes on a
+    busy machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

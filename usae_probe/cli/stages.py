@@ -41,7 +41,8 @@ def demo(
 ) -> None:
     """Do it all on two small trained networks and drawn images: no network, no data, about two minutes."""
     with guard(as_json, str(out)):
-        from ..demo import one_thread, prepare_demo
+        from ..demo import prepare_demo
+        from ..world import one_thread
 
         hint = (
             f"Your own models: start from a copy of {out / 'demo.toml'};\n"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ __all__ = [
     "demo_config",
     "draw_images",
     "networks",
-    "one_thread",
     "prepare_demo",
     "save_drawings",
 ]
@@ -64,22 +61,6 @@ def prepare_demo(folder: Path) -> RunConfig:
     if not images.exists():
         save_drawings(images, draw_images(N_IMAGES, size=SIZE, seed=0))
     return config
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: in networks this small threads only wait for each other, for minutes on a busy machine.
-
-    It also makes the demo's figures the same on every machine with the same kind of processor.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _content(name: str) -> bytes:

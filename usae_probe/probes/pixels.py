@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from ..attaching import attach
 from ..errors import ImageError, UsageError
 from ..hooks import HookedModel
 from ..images import ImageSource, Preprocessing, iter_batches
+from ..world import one_thread
 
 SIZE = 64
 """Side of the pictures that are looked at, in pixels."""
@@ -131,7 +130,7 @@ def fit_pixel_statistics(
         raise UsageError(f"{given} must be at least 1, 1 and 2")
     known = np.unique(images)
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:n_images])
-    with _one_thread():
+    with one_thread():
         light, energy = _measured(source, chosen, batch_size)
         if len(light) < 2:
             raise ImageError(f"{len(light)} of {len(chosen)} pictures could be decoded; statistics need at least 2")
@@ -217,14 +216,3 @@ def _measured(source: ImageSource, chosen: np.ndarray, batch_size: int) -> tuple
             light.append(thumbnails(pictures))
             energy.append(log_energies(pictures, horizontal, vertical))
     return torch.cat(light), torch.cat(energy)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: bits can depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
