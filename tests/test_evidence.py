@@ -68,14 +68,13 @@ def metrics() -> dict[str, Any]:
             "cosine": matrix(None, None, None, 0.97),
             "kl_mean": {A: 4.47, B: None},
             "top1_mean": {A: 0.031, B: None},
-            "latents": [{"correlation": c} for c in (0.5, 0.3, None)],
+            "latents": [{"correlation": c, "both_firing": b} for c, b in ((0.5, 0.25), (0.3, None), (None, None))],
             "medians": {
                 "correlation": 0.4,
                 "null_correlation": 0.05,
                 "spearman": 0.3,
                 "null_spearman": 0.02,
                 "both_firing": 0.25,
-                "null_both_firing": None,
             },
         },
         "labels": {"bound": 0.66, "permutations": 20, "agreement": 0.71, "agreement_chance": 0.12, "n_agreement": 144},
@@ -114,8 +113,8 @@ def test_every_number_is_there(metrics: dict[str, Any]) -> None:
         f"{A} .91 (.73) .35 (.18)",
         f"{B} .65 (.33) cosine .97",
         f"mean ablation: {A} 4.47 nats, .03 top-1 agreement",
-        "2 universal latents: the median correlation of their effects on an image is .40 (.05), over images in which "
-        "both fire .25 (random latents of equal energy)",
+        "2 universal latents: their effects on an image correlate at .40 in the median (random latents of equal "
+        "energy .05); of 1, over images in which both fire, at .25",
         "Labels permuted 20 times, the best latent reaches AUROC .66.",
         "Of 144 universal latents 71 % have the same best label in all models (12 % by chance).",
     ):

@@ -138,7 +138,7 @@ def fidelity(sites: Sequence[str], *, bare: Sequence[str] = (), refused: Sequenc
         top1_mean={s: NAN if s in bare else 0.2 for s in sites},
         cosine_mean={s: 0.33 if s in bare else NAN for s in sites},
         probe_accuracy=dict.fromkeys(refused, 0.81),
-        latents=[LatentFidelity(i, r, null, r, null, r, null, {}, {}) for i, (r, null) in enumerate(correlations)],
+        latents=[LatentFidelity(i, r, null, r, null, r, {}, {}) for i, (r, null) in enumerate(correlations)],
     )
 
 
@@ -453,7 +453,7 @@ def test_fidelity_prints_shares_or_cosines_and_hatches_what_is_refused() -> None
     assert "Hatched" in said
     assert "n = 2 universal latents" in said
     assert "medians (.40 against .00" in said  # of .5 and .3, of .1 and −.1
-    assert "in which both fire .40 against .00)" in said
+    assert "in which both fire .40)" in said
     assert "Hatched" not in caption(fidelity_figure.fidelity(report(3)))
 
 

@@ -40,8 +40,8 @@ class LatentFidelity(NamedTuple):
         correlation: Pearson's, over images, of its effects in two sites; mean over the pairs of sites where both vary.
         null_correlation: the same with, in the second site, a random latent of about the same energy there.
         spearman, null_spearman: the same with Spearman's.
-        both_firing, null_both_firing: Pearson's over the images in which both fire, `LEAST_BOTH` or more: that the two
-            fire on the same images, which alone correlates their effects, has no part in it.
+        both_firing: Pearson's over the images in which both fire, `LEAST_BOTH` or more: that they fire on the same
+            images, which alone correlates their effects, has no part in it, so that unrelated effects have 0.
         n_firing: {site: images in which it fires}.
         effect: {site: its effect, mean over all images}; 0 for images in which it does not fire.
     """
@@ -52,7 +52,6 @@ class LatentFidelity(NamedTuple):
     spearman: float
     null_spearman: float
     both_firing: float
-    null_both_firing: float
     n_firing: dict[str, int]
     effect: dict[str, float]
 
@@ -185,7 +184,6 @@ class Ablation:
             spearman=own.spearman,
             null_spearman=null.spearman,
             both_firing=own.both_firing,
-            null_both_firing=null.both_firing,
             n_firing={site: len(self.firing[site].get(latent, ())) for site in sites},
             effect={site: float(self.effects[site, latent].mean()) for site in sites},
         )

@@ -63,14 +63,12 @@ class Fidelity:
 
     @property
     def medians(self) -> dict[str, float]:
-        """Medians of the correlations, over the latents that have both one and its null; NaN without any."""
+        """Medians of the correlations, over the latents that have one and its null, if it has any; NaN without."""
         found: dict[str, float] = {}
-        for name in ("correlation", "spearman", "both_firing"):
-            null = f"null_{name}"
-            pairs = [(getattr(record, name), getattr(record, null)) for record in self.latents]
-            known = [pair for pair in pairs if all(map(math.isfinite, pair))]
-            both = np.median(known, axis=0).tolist() if known else [math.nan, math.nan]
-            found |= {name: both[0], null: both[1]}
+        for names in (("correlation", "null_correlation"), ("spearman", "null_spearman"), ("both_firing",)):
+            rows = [[getattr(record, name) for name in names] for record in self.latents]
+            known = [row for row in rows if all(map(math.isfinite, row))]
+            found |= dict(zip(names, np.median(known, axis=0).tolist() if known else [math.nan] * 2, strict=False))
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -152,14 +152,14 @@ def _fidelity(metrics: Metrics) -> Group | None:
         said += f"; mean ablation: {'; '.join(denominators)} top-1 agreement"
     lines = [Text(said, style="dim")]
     if n := sum(finite(one["correlation"]) for one in found["latents"]):
-        effects, firing = (
-            _with_null(found["medians"][name], found["medians"][f"null_{name}"])
-            for name in ("correlation", "both_firing")
-        )
+        medians, together = found["medians"], sum(finite(one["both_firing"]) for one in found["latents"])
         said = (
-            f"ablated in all models, {n} universal latents: the median correlation of their effects on an image is "
-            f"{effects}, over images in which both fire {firing} (random latents of equal energy)"
+            f"ablated in all models, {n} universal latents: their effects on an image correlate at "
+            f"{short(medians['correlation'])} in the median (random latents of equal energy "
+            f"{short(medians['null_correlation'])})"
         )
+        if together:
+            said += f"; of {together}, over images in which both fire, at {short(medians['both_firing'])}"
         lines.append(Text(said, style="dim"))
     return Group(Text("Fidelity in the live models", style="bold"), table, *lines)
 

@@ -41,8 +41,8 @@ def fidelity(report: UniversalityReport) -> Figure | None:
         f" Right: n = {len(pairs):,} universal latents; Pearson correlation over images of the effect that ablating a "
         "latent has in two models, beside that with another latent of about its energy; black: medians "
         f"({short(medians['correlation'])} against {short(medians['null_correlation'])}; Spearman "
-        f"{short(medians['spearman'])} against {short(medians['null_spearman'])}; over images in which both fire "
-        f"{short(medians['both_firing'])} against {short(medians['null_both_firing'])})."
+        f"{short(medians['spearman'])} against {short(medians['null_spearman'])}; of those that fire together often "
+        f"enough, over images in which both fire {short(medians['both_firing'])})."
     )
     figure = captioned(width + strip, max(height, 3.0), "Fidelity in the live models", caption)
     cells = len(sites) * layout.cell[0]
