@@ -169,38 +169,33 @@ class Ablation:
             self.effects[one.key, latent][image] = effect
 
     def _record(self, latent: int) -> LatentFidelity:
-        sites = [one.key for one in self.live]
-        found, against = [], []
-        for a, b in combinations(sites, 2):
-            together = self._correlated((a, latent), (b, latent))
-            if not math.isnan(together.pearson):  # else there is nothing that a null could stand beside
-                found.append(together)
-                against.append(self._correlated((a, latent), (b, self.nulls.get((b, latent), -1))))
-        own, null = _means(found), _means(against)
+        own = {one.key: self.effects[one.key, latent] for one in self.live}
+        found = []
+        for a, b in combinations(own, 2):
+            together = _correlations(own[a], own[b])
+            if not math.isnan(together[0]):  # else there is nothing that a null could stand beside
+                null = self.effects.get((b, self.nulls.get((b, latent), -1)), np.zeros(0))
+                found.append((*together, *_correlations(own[a], null), self._both_firing(latent, a, b)))
+        pearson, spearman, null_pearson, null_spearman, both_firing = (
+            map(_mean, zip(*found, strict=True)) if found else _NOTHING
+        )
         return LatentFidelity(
             latent=latent,
-            correlation=own.pearson,
-            null_correlation=null.pearson,
-            spearman=own.spearman,
-            null_spearman=null.spearman,
-            both_firing=own.both_firing,
-            n_firing={site: len(self.firing[site].get(latent, ())) for site in sites},
-            effect={site: float(self.effects[site, latent].mean()) for site in sites},
+            correlation=pearson,
+            null_correlation=null_pearson,
+            spearman=spearman,
+            null_spearman=null_spearman,
+            both_firing=both_firing,
+            n_firing={site: len(self.firing[site].get(latent, ())) for site in own},
+            effect={site: float(effects.mean()) for site, effects in own.items()},
         )
 
-    def _correlated(self, first: tuple[str, int], second: tuple[str, int]) -> _Correlations:
-        """Correlate the effects of two latents, (site, latent) each; NaN for one that was not ablated."""
-        if second not in self.effects:
-            return _Correlations(math.nan, math.nan, math.nan)
-        a, b = self.effects[first], self.effects[second]
-        firing = [set(self.firing[site].get(latent, ())) for site, latent in (first, second)]
-        both = sorted(set.intersection(*firing))
-        few = len(both) < LEAST_BOTH
-        return _Correlations(
-            _pearson(a, b),
-            _pearson(stats.rankdata(a), stats.rankdata(b)) if _vary(a, b) else math.nan,
-            math.nan if few else _pearson(a[both], b[both]),
-        )
+    def _both_firing(self, latent: int, a: str, b: str) -> float:
+        """Return Pearson's correlation of a latent's effects in two sites over the images in which it fires in both."""
+        both = np.intersect1d(self.firing[a].get(latent, ()), self.firing[b].get(latent, ())).astype(np.int64)
+        if len(both) < LEAST_BOTH:
+            return math.nan
+        return _correlations(self.effects[a, latent][both], self.effects[b, latent][both])[0]
 
 
 def without_latent(usae: USAE, site: str, latents: Tensor, rows: RowMatrix) -> RowMatrix:
@@ -245,23 +240,15 @@ def draw_nulls(energy: Mapping[str, np.ndarray], latents: Sequence[int], seed: i
     return drawn
 
 
-class _Correlations(NamedTuple):
-    pearson: float
-    spearman: float
-    both_firing: float
+_NOTHING = (math.nan,) * 5
 
 
-def _vary(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(min(np.ptp(a), np.ptp(b)) > _CONSTANT)
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if _vary(a, b) else math.nan
-
-
-def _means(found: Sequence[_Correlations]) -> _Correlations:
-    """Return the mean of what is known of each; NaN where nothing is."""
-    return _Correlations(*map(_mean, zip(*found, strict=True))) if found else _Correlations(*[math.nan] * 3)
+def _correlations(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Return Pearson's and Spearman's correlation; NaN where one of the two is constant, or there is none."""
+    if len(a) != len(b) or min(np.ptp(a), np.ptp(b)) <= _CONSTANT:
+        return math.nan, math.nan
+    ranks = stats.rankdata(a), stats.rankdata(b)
+    return float(np.corrcoef(a, b)[0, 1]), float(np.corrcoef(*ranks)[0, 1])
 
 
 def _mean(values: Sequence[float]) -> float:

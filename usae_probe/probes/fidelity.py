@@ -68,7 +68,8 @@ class Fidelity:
         for names in (("correlation", "null_correlation"), ("spearman", "null_spearman"), ("both_firing",)):
             rows = [[getattr(record, name) for name in names] for record in self.latents]
             known = [row for row in rows if all(map(math.isfinite, row))]
-            found |= dict(zip(names, np.median(known, axis=0).tolist() if known else [math.nan] * 2, strict=False))
+            middle = np.median(known, axis=0).tolist() if known else [math.nan] * len(names)
+            found |= dict(zip(names, middle, strict=True))
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -114,9 +114,8 @@ def phi_energy(report: UniversalityReport) -> Figure | None:
     smallest = f"the smallest over the {m * (m - 1) // 2} pairs of {m} models" if m > 2 else "in the two models"
     caption = (
         f"n = {n:,} latents that fire in 2 models or more, on {report.n_rows_eval:,} {rows_measured(report)} rows. "
-        f"φ: correlation of firing on the same images (and places, of several), {smallest}; independent firing has "
-        f"φ = 0. A universal latent is above the line, and passes the tests of entropy and chance too."
-        f"{_at_random(report)}"
+        f"φ: correlation of firing on the same images (and places), {smallest}; independent firing has φ = 0. A "
+        f"universal latent is above the line, and passes the tests of entropy and chance too.{_at_random(report)}"
     )
     figure = captioned(7.5, 3.9, "Co-firing and energy", caption)
     axis = figure.subplots()
