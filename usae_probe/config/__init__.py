@@ -1,10 +1,10 @@
 """The config of a run: one frozen pydantic model per TOML table, unknown keys refused with the nearest known key."""
 
+from .cam import CamConfig, CamMode
 from .checks import checked, settled
 from .run import RunConfig, default_of, documented_keys
 from .tables import (
     BufferConfig,
-    CamConfig,
     ImagesConfig,
     ModelConfig,
     ProbesConfig,
@@ -15,6 +15,7 @@ from .tables import (
 __all__ = [
     "BufferConfig",
     "CamConfig",
+    "CamMode",
     "ImagesConfig",
     "ModelConfig",
     "ProbesConfig",

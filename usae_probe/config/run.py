@@ -13,11 +13,11 @@ from pydantic import BaseModel, ByteSize, Field, PrivateAttr, model_validator
 
 from ..errors import ConfigError
 from ..sites import Site, check_model_name
+from .cam import CamConfig
 from .checks import checked, field_at
 from .sparsities import check_used
 from .tables import (
     BufferConfig,
-    CamConfig,
     ImagesConfig,
     ModelConfig,
     ProbesConfig,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
@@ -284,31 +283,3 @@ class ProbesConfig(Table):
         False, description="train what the figures are to be believed by: controls, independent SAEs, other seeds"
     )
     seeds: int = Field(3, ge=1, description="trainings, this one included, behind ranges over seeds (with controls)")
-
-
-class CamConfig(Table):
-    """`[cam]`: pictures that maximise a latent (Coordinated Activation Maximization), and exemplars beside them."""
-
-    latents: str = Field(
-        "top:8",
-        description="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8",
-    )
-    steps: int = Field(256, ge=1, description="steps of gradient ascent per picture")
-    lr: float = Field(0.05, gt=0, description="learning rate of Adam on the picture's Fourier coefficients")
-    shift: float = Field(0.06, ge=0, lt=0.5, description="random shift in every step, at most, as a share of the side")
-    scale: float = Field(0.05, ge=0, lt=0.5, description="random change of scale in every step, at most")
-    batch_size: int = Field(16, ge=1, description="latents that are optimised at once")
-    exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
-    seed: int = Field(0, ge=0, description="seed of starts, shifts and scales")
-
-    @property
-    def numbers(self) -> list[int]:
-        """The latents that are asked for by number, each once; none for `top:8` and the like."""
-        return [] if ":" in self.latents else list(dict.fromkeys(map(int, self.latents.split(","))))
-
-    @field_validator("latents")
-    @classmethod
-    def _spelled(cls, text: str) -> str:
-        if not re.fullmatch(r"(top|factors):[1-9]\d*|\d+( *, *\d+)*", text.strip()):
-            raise ValueError("it names no latents")
-        return text.strip()

@@ -6,6 +6,7 @@ colours of natural pictures come in at a like pace, and the picture is not high-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # Square root of the covariance of ImageNet's colours (rows red, green, blue), as published with the paper.
 COLOUR_SQRT = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+LARGEST_COLUMN = math.sqrt(0.26**2 + 0.27**2 + 0.27**2)
+"""The largest norm of a column of `COLOUR_SQRT`."""
 START_SD = 0.01
 _CONTRAST = 1 / 4  # of the published code: with it, START_SD begins at a nearly grey picture of any size
 
@@ -22,12 +25,14 @@ Spectrum = Float[Tensor, "b 3 h f 2"]
 """Real and imaginary coefficients: b pictures, 3 decorrelated colours, h x (w // 2 + 1) frequencies."""
 Pictures = Float[Tensor, "b 3 h w"]
 """Pictures in [0, 1]."""
+Picture = Float[Tensor, "3 h w"]
+"""One of them."""
 
 
-def picture_generator(seed: int, latent: int) -> torch.Generator:
-    """Return the random numbers (on CPU) of one latent's picture: the same whatever else is in its batch."""
-    mixed = np.random.SeedSequence([seed, latent]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed))
+def picture_generator(seed: int, latent: int, restart: int = 0) -> torch.Generator:
+    """Return the random numbers (on CPU) of one picture of a latent: the same whatever else is in its batch."""
+    state = np.random.SeedSequence([seed, latent, restart]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
 
 
 def start_spectrum(
@@ -61,10 +66,25 @@ def to_pictures(spectrum: Spectrum, size: tuple[int, int]) -> Pictures:
         [b, 3, h, w] in [0, 1], in the spectrum's dtype.
     """
     coefficients = torch.view_as_complex(spectrum) * _spectrum_scale(size, spectrum)
-    decorrelated = torch.fft.irfft2(coefficients, s=size, norm="ortho") * _CONTRAST
-    mixing = torch.tensor(COLOUR_SQRT, dtype=torch.float64)
-    mixing = (mixing / mixing.norm(dim=0).max()).to(spectrum)
-    return torch.einsum("ck,bkhw->bchw", mixing, decorrelated).sigmoid()
+    return mixed(torch.fft.irfft2(coefficients, s=size, norm="ortho") * _CONTRAST)
+
+
+def from_picture(picture: Picture) -> Float[Tensor, "3 h f 2"]:
+    """Return the coefficients of a picture, the inverse of `to_pictures`; black and white have none."""
+    size = (picture.shape[-2], picture.shape[-1])
+    decorrelated = torch.einsum("kc,chw->khw", torch.linalg.inv(colours(picture)), picture.logit())
+    coefficients = torch.fft.rfft2(decorrelated / _CONTRAST, norm="ortho") / _spectrum_scale(size, picture)
+    return torch.view_as_real(coefficients).clone()
+
+
+def colours(like: Tensor) -> Float[Tensor, "3 3"]:
+    """Return C, which mixes decorrelated colours: `COLOUR_SQRT` over its largest column norm."""
+    return (torch.tensor(COLOUR_SQRT, dtype=torch.float64) / LARGEST_COLUMN).to(device=like.device, dtype=like.dtype)
+
+
+def mixed(decorrelated: Pictures) -> Pictures:
+    """Return sigmoid(C y)."""
+    return torch.einsum("ck,bkhw->bchw", colours(decorrelated), decorrelated).sigmoid()
 
 
 def to_levels(pictures: Pictures) -> UInt8[Tensor, "b 3 h w"]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -73,8 +74,10 @@ class InputSpace:
     hi: Float[Tensor, "3 1 1"]
 
     def __call__(self, pictures: AnyPictures) -> Images:
-        """Scale [0, 1] to the channels' ranges."""
+        """Scale [0, 1] to the channels' ranges; pictures of another size are resampled to the input's first."""
         unit = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+        if tuple(unit.shape[-2:]) != self.size:
+            unit = F.interpolate(unit, size=self.size, mode="bilinear", antialias=True)
         lo, hi = self.lo.to(unit), self.hi.to(unit)
         return lo + unit * (hi - lo)
 
