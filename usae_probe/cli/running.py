@@ -80,8 +80,11 @@ def _result_dict(result: RunResult, files: dict[str, Path]) -> dict[str, Any]:
     }
     data: dict[str, Any] = {"run_dir": str(result.folder), "stages": stages, "metrics": result.metrics}
     if result.cam is not None:
-        data["cam"] = {key: value for key, value in result.cam.items() if key != "pictures"}
-        data["cam"]["pictures"] = [
-            {key: value for key, value in picture.items() if key != "curve"} for picture in result.cam["pictures"]
-        ]
+        data["cam"] = {key: value for key, value in result.cam.items() if key != "cards"}
+        data["cam"]["cards"] = [_without_curves(card) for card in result.cam["cards"]]
     return data | {"files": {what: str(path) for what, path in files.items()}}
+
+
+def _without_curves(card: dict[str, Any]) -> dict[str, Any]:
+    pictures = [{key: value for key, value in picture.items() if key != "curves"} for picture in card["pictures"]]
+    return {**card, "pictures": pictures}

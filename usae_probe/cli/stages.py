@@ -58,21 +58,45 @@ def cam(
         str | None,
         typer.Option(
             "--latents",
-            help="top:8 (universal, by energy), factors:8 (those that follow a label), or numbers: 273,8; "
+            help="top:8 (universal), specific:4 (of one model), factors:8 (that follow a label), or numbers: 273,8; "
             "default: as the run's config says.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps of gradient ascent per picture.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", help="independent, joint, contrast, or several: independent,joint (the default)."),
+    ] = None,
+    parametrisation: Annotated[
+        str | None, typer.Option("--parametrisation", help="fourier (default), maco, or pixels.")
+    ] = None,
+    start: Annotated[str | None, typer.Option("--start", help="noise (default), or exemplar: accentuation.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of gradient ascent per picture, at most.")] = None,
+    restarts: Annotated[int | None, typer.Option("--restarts", help="Pictures per latent, mode and model.")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option("--max-batch", help="Pictures in one forward pass: bounds the memory.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of starts and transforms.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw what makes each model fire shared latents: gradient ascent to the pixels, beside the images that do."""
+    """Draw what makes each model fire shared latents: gradient ascent to the pixels, checked against natural images,
+    other latents and the other models, beside the images that fire them most.
+    """
     with guard(as_json, str(run_dir)):
         from ..config import settled
         from ..pipeline import RunRecord
 
         config = RunRecord(run_dir).config()
-        given = {key: value for key, value in {"latents": latents, "steps": steps}.items() if value is not None}
-        (pictures,) = settled((config.cam,), given)
+        options = {
+            "latents": latents,
+            "modes": None if mode is None else [part.strip() for part in mode.split(",")],
+            "parametrisation": parametrisation,
+            "start": start,
+            "steps": steps,
+            "restarts": restarts,
+            "max_batch": max_batch,
+            "seed": seed,
+        }
+        (pictures,) = settled((config.cam,), {key: value for key, value in options.items() if value is not None})
         changed = config.model_copy(update={"cam": pictures})
         do_stages(changed, run_dir, as_json, ("cam",))
 

@@ -6,7 +6,7 @@ from .annotations import Annotation, annotations_of
 from .decode import decode_file
 from .loading import LoadedImages, SkippedImage, iter_batches, load_images
 from .opaque import OpaqueTransform
-from .preprocess import Preprocessing
+from .preprocess import Preprocessing, at_size
 from .sources import ArraySource, DatasetSource, FolderSource, ImageSource, open_source
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Preprocessing",
     "SkippedImage",
     "annotations_of",
+    "at_size",
     "decode_file",
     "iter_batches",
     "load_images",

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from ..errors import ConfigError, ImageError, nearest
@@ -199,3 +200,9 @@ def _to_unit(batch: Tensor) -> Tensor:
     if not batch.is_floating_point():
         raise ImageError(f"a batch of dtype {batch.dtype}, expected uint8 in [0, 255] or floating in [0, 1]")
     return batch if batch.dtype == torch.float64 else batch.float()
+
+
+def at_size(picture: UInt8[np.ndarray, "_ _ 3"], size: tuple[int, int]) -> Float[Tensor, "3 h w"]:
+    """Scale an image until it covers a size, and keep its centre; in [0, 1]."""
+    covering = Preprocessing(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return covering.resize_crop([torch.from_numpy(np.array(picture)).permute(2, 0, 1)])[0]

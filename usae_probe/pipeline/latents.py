@@ -5,31 +5,40 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config import CamConfig
 from ..errors import NoLatentsError, UsageError
 
 
 def choose_latents(asked: str, folder: Path) -> list[int]:
-    """Read `top:8` (universal latents by energy), `factors:8` (those that follow a label) or `273,8`.
+    """Read `top:8` (universal), `specific:4` (of one model), `factors:8` (those that follow a label) or `273,8`.
+
+    All but numbers are by energy.
 
     Args:
         asked: the text, as config and command line spell it.
         folder: a run folder with `latents.csv` and `metrics.json`.
 
     Raises:
-        NoLatentsError: when there are none of the kind.
+        NoLatentsError: when there are none of the kind, or one asked for by number is dead.
         UsageError: when a number is none of the latents.
     """
     rows = _latent_rows(folder)
     for number in (numbers := CamConfig(latents=asked).numbers):
         if number >= len(rows):
             raise UsageError(f"there is no latent {number}", hint=f"latents are numbered 0 to {len(rows) - 1}")
+        if rows[number]["category"] == "dead":
+            live = ", ".join(row["latent"] for row in rows if row["category"] == "universal")
+            raise NoLatentsError(
+                f"latent {number} is dead: it never fires on held-out images, so there is nothing to make it fire",
+                hint=f"latents.csv lists all with their classes; universal are {shortened(live)}",
+            )
     if numbers:
         return numbers
     kind, _, n = asked.partition(":")
-    if kind == "top":
-        what, found = "is universal", [row for row in rows if row["category"] == "universal"]
+    if kind in (of_class := {"top": "universal", "specific": "specific"}):
+        what, found = f"is {of_class[kind]}", [row for row in rows if row["category"] == of_class[kind]]
     else:
         what, found = "follows a label of the images in every model", _following(rows, folder)
     if not found:
@@ -41,10 +50,26 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
     return [int(row["latent"]) for row in found[: int(n)]]
 
 
-def followed_labels(folder: Path) -> dict[int, str]:
-    """Return the label of each latent that follows one in every model, `colour = red`."""
-    rows = _following(_latent_rows(folder), folder)
-    return {int(row["latent"]): row["follows"].replace("=", " = ", 1) for row in rows}
+class Known(NamedTuple):
+    """What is known of a latent: its class, and the label it follows in every model, `colour = red`, or nothing."""
+
+    category: str
+    label: str
+
+
+def known_of_latents(folder: Path) -> list[Known]:
+    """Return what an evaluation found out about every latent."""
+    rows = _latent_rows(folder)
+    following = {row["latent"] for row in _following(rows, folder)}
+    return [
+        Known(row["category"], row["follows"].replace("=", " = ", 1) if row["latent"] in following else "")
+        for row in rows
+    ]
+
+
+def shortened(text: str, room: int = 60) -> str:
+    """Cut a list of numbers at a comma."""
+    return text if len(text) <= room else f"{text[: text.rindex(',', 0, room)]}, …"
 
 
 def _following(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:

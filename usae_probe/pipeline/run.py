@@ -259,8 +259,7 @@ class Run:
         images |= {split: buffer.n_images(split) for split in SPLITS}
         cam: dict[str, Any] | None = None
         if result.cam is not None:
-            cam = {key: result.cam[key] for key in ("n_pictures", "n_above", "latents")}
-            cam["grid"] = str(self.folder / result.cam["sheets"][0])
+            cam = result.cam
         usae = self.config.usae
         return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": cam}
 

@@ -36,7 +36,7 @@ _WITHOUT_EFFECT = {
     "images": ("workers",),
     "buffer": ("verify",),
     "train": ("log_every", "kernel", "device", "tensorboard", "workers"),
-    "cam": ("batch_size",),
+    "cam": ("max_batch",),
 }
 
 

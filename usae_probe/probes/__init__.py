@@ -2,11 +2,12 @@
 
 from .controls import Controls
 from .evaluate import evaluate, label_within
-from .exemplars import Exemplar, NaturalFires, find_exemplars
+from .exemplars import Exemplar, Exemplars, Overlap, find_exemplars
 from .factors import FactorScores, Follows
 from .fidelity import Fidelity, fidelity
 from .firing import FiringCounts
-from .records import LatentRecord, PairRecord
+from .natural import NaturalActivations, natural_activations
+from .records import LatentRecord, PairRecord, finite, jsonable
 from .report import UniversalityReport
 from .rows import one_site_per_model
 from .universality import CATEGORIES, co_firing, firing_entropy
@@ -15,19 +16,24 @@ __all__ = [
     "CATEGORIES",
     "Controls",
     "Exemplar",
+    "Exemplars",
     "FactorScores",
     "Fidelity",
     "FiringCounts",
     "Follows",
     "LatentRecord",
-    "NaturalFires",
+    "NaturalActivations",
+    "Overlap",
     "PairRecord",
     "UniversalityReport",
     "co_firing",
     "evaluate",
     "fidelity",
     "find_exemplars",
+    "finite",
     "firing_entropy",
+    "jsonable",
     "label_within",
+    "natural_activations",
     "one_site_per_model",
 ]

@@ -1,158 +1,187 @@
-"""The images of a run that fire a latent most, to stand beside the pictures that were made for it."""
+"""The images of a run that say what a latent means: strongest, disagreeing, and at random over its activation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 
-from ..buffer import ActivationBuffer
-from ..errors import UsageError
+from ..errors import ImageError
+from ..images import ImageSource, at_size
 from ..split import SPLITS, SplitName
-from ..usae import USAE, Codes
-from .rows import CHUNK_ROWS, RowProgress, check_sites, one_site_per_model
+from .firing import Pair
+from .natural import NaturalActivations
+
+OVERLAP_IMAGES = 20
+_THUMBNAIL = (16, 16)
+_SAME = 4 / 255
+"""Mean difference of thumbnails below which two images are one: another compression, or a few pixels' shift."""
 
 
 class Exemplar(NamedTuple):
-    """An image that fires a latent.
+    """An image, and what a latent makes of it.
 
     Attributes:
         image: its number in the source.
         value: z of the latent, in units of the code; the largest where the image has several rows.
+        percentile: per cent of images whose activation is below the image's.
         split: what the image was used for.
     """
 
     image: int
     value: float
+    percentile: float
     split: SplitName
 
 
-class NaturalFires(NamedTuple):
-    """What natural images do to one latent in one site.
+class Overlap(NamedTuple):
+    """How many of two sites' strongest images are the same.
 
     Attributes:
-        exemplars: the images that fire it most, most active first; images with z = 0 are none.
-        held_out_maximum: the largest z on held-out images; 0 where none of them fires it.
-        n_held_out: held-out images looked at, firing or not.
+        shared: images that are among the n strongest of both.
+        n: 20, or fewer where a site fires on fewer images; 0 where one fires on none.
+        expected: how many there would be by chance.
     """
 
-    exemplars: list[Exemplar]
-    held_out_maximum: float
-    n_held_out: int
+    shared: int
+    n: int
+    expected: float
+
+    @property
+    def share(self) -> float:
+        """Shared images over n; NaN without any."""
+        return self.shared / self.n if self.n else math.nan
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Exemplars:
+    """Images of one latent; no image, and no two that look the same, stand twice in a site's lists.
+
+    Attributes:
+        top: by site, those that fire it most, most active first; images with z = 0 are none.
+        only: by site, those that fire it there and in no other site, most active first.
+        across: by site, one drawn from each of as many bands of its activation over all images, from low to high.
+        overlap: by pair of sites, of the strongest images.
+        correlation: by pair of sites, Pearson's, of z over held-out rows; NaN where one does not vary.
+    """
+
+    top: dict[str, list[Exemplar]]
+    only: dict[str, list[Exemplar]]
+    across: dict[str, list[Exemplar]]
+    overlap: dict[Pair, Overlap]
+    correlation: dict[Pair, float]
+
+
 def find_exemplars(
-    usae: USAE,
-    buffer: ActivationBuffer,
-    latents: Sequence[int],
-    *,
-    sites: Sequence[str] | None = None,
-    n: int = 4,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[int, dict[str, NaturalFires]]:
-    """Find the images of a buffer, of all splits, that fire given latents most in each site.
-
-    One pass over the rows; memory O(latents · sites · n) and a chunk of rows.
+    natural: NaturalActivations, latent: int, *, source: ImageSource | None = None, n: int = 4, seed: int = 0
+) -> Exemplars:
+    """Choose images of a latent.
 
     Args:
-        usae: a trained USAE.
-        buffer: activations of (at least) the sites.
-        latents: which ones.
-        sites: which ones; one per model by default.
-        n: images per latent and site, at most. Of equally active ones those with the smaller number come first.
-        progress: called with (rows done, rows in all).
-
-    Returns:
-        {latent: {site: NaturalFires}}.
-
-    Raises:
-        UsageError: for a number that is no latent, or n below 1 (SiteError: for an unknown site).
-        BufferIntegrityError: when the buffer lacks a site.
+        natural: activations of it.
+        latent: its number.
+        source: the images: of those that look the same the later ones are left out; without it all differ.
+        n: images per list, at most.
+        seed: of those that are drawn.
     """
-    chosen = one_site_per_model(usae.sites) if sites is None else tuple(dict.fromkeys(sites))
-    wanted = _known_latents(usae, latents)
-    if n < 1:
-        raise UsageError(f"{n} exemplars were asked for; n must be at least 1")
-    for site in chosen:
-        usae.site_index(site)
-    check_sites(usae, buffer, chosen)
-    best = {site: _Best(wanted, usae.n_latents, n) for site in chosen}
-    done = RowProgress(progress, sum(buffer.n_rows(split) for split in SPLITS))
-    for split in SPLITS if best and wanted else ():
-        for rows in buffer.chunks(split, CHUNK_ROWS, list(chosen)):
-            for site, values in rows.values.items():
-                best[site].add(usae.encode(torch.from_numpy(values), site), rows.image_index, split)
-            done.add(rows.n)
-    n_held_out = buffer.n_images("holdout")
-    return {
-        latent: {site: best[site].natural(slot, n_held_out) for site in chosen} for slot, latent in enumerate(wanted)
-    }
+    sites, looks = list(natural.sites), _Looks(source)
+    firing = {site: natural.strongest(natural.sites[site].fires(latent)) for site in sites}
+    active = {site: natural.strongest(natural.sites[site].of(latent)) for site in sites}
+    top, only, across = {}, {}, {}
+    for site in sites:
+        describe = _Describer(natural, firing[site], active[site])
+        seen: list[int] = []
+        top[site] = [describe(i) for i in looks.distinct(natural, ranked(firing[site]), n, seen)]
+        elsewhere = np.zeros(len(natural.images), dtype=bool)
+        for other in sites:
+            elsewhere |= (firing[other] > 0) & (other != site)
+        alone = ranked(np.where(elsewhere, 0.0, firing[site])) if len(sites) > 1 else []
+        only[site] = [describe(i) for i in looks.distinct(natural, alone, n, seen)]
+        draw = np.random.default_rng([seed, latent, sites.index(site)])
+        bands = np.array_split(np.argsort(active[site], kind="stable"), n)
+        drawn = (next(looks.distinct(natural, draw.permutation(band), 1, seen), None) for band in bands)
+        across[site] = [describe(i) for i in drawn if i is not None]
+    pairs = list(combinations(sites, 2))
+    return Exemplars(
+        top,
+        only,
+        across,
+        {(a, b): overlap(firing[a], firing[b]) for a, b in pairs},
+        {pair: _correlation(natural, latent, pair) for pair in pairs},
+    )
 
 
-class _Best:
-    """The most active images of each wanted latent in one site, so far.
-
-    Attributes:
-        slot, image, split: [kept] int64: place among the wanted latents, image, place among the splits.
-        value: [kept] z.
-        held_out_maximum: [wanted].
-    """
-
-    def __init__(self, wanted: Sequence[int], n_latents: int, n: int) -> None:
-        self.n = n
-        self.slot_of = np.full(n_latents, -1, dtype=np.int64)
-        self.slot_of[list(wanted)] = np.arange(len(wanted))
-        self.slot = self.image = self.split = np.empty(0, dtype=np.int64)
-        self.value = np.empty(0)
-        self.held_out_maximum = np.zeros(len(wanted))
-
-    def add(self, codes: Codes, image_index: np.ndarray, split: SplitName) -> None:
-        values, indices = (part.cpu().numpy() for part in codes)
-        slots = self.slot_of[indices]
-        row, entry = np.nonzero((values > 0) & (slots >= 0))
-        slot, value = slots[row, entry], values[row, entry].astype(np.float64)
-        if split == "holdout":
-            np.maximum.at(self.held_out_maximum, slot, value)
-        self.slot = np.append(self.slot, slot)
-        self.image = np.append(self.image, image_index[row])
-        self.split = np.append(self.split, np.full(len(slot), SPLITS.index(split)))
-        self.value = np.append(self.value, value)
-        self._prune()
-
-    def natural(self, slot: int, n_held_out: int) -> NaturalFires:
-        mine = self.slot == slot
-        found = zip(self.image[mine].tolist(), self.value[mine].tolist(), self.split[mine].tolist(), strict=True)
-        images = [Exemplar(image, value, SPLITS[split]) for image, value, split in found]
-        return NaturalFires(images, float(self.held_out_maximum[slot]), n_held_out)
-
-    def _prune(self) -> None:
-        """Keep the best row of every image, then the n best images of every slot; an image dropped may come again."""
-        self._keep(np.lexsort((-self.value, self.image, self.slot)))
-        self._keep(_new(self.slot) | _new(self.image))
-        self._keep(np.lexsort((self.image, -self.value, self.slot)))
-        begins = np.flatnonzero(_new(self.slot))
-        rank = np.arange(len(self.slot)) - np.repeat(begins, np.diff(begins, append=len(self.slot)))
-        self._keep(rank < self.n)
-
-    def _keep(self, places: np.ndarray) -> None:
-        self.slot, self.image, self.split, self.value = (
-            part[places] for part in (self.slot, self.image, self.split, self.value)
-        )
+def ranked(values: Float[np.ndarray, " images"]) -> Sequence[int]:
+    """Return the places of positive values, largest first; of equal ones the first comes first."""
+    order = np.argsort(-values, kind="stable")
+    found: list[int] = order[values[order] > 0].tolist()
+    return found
 
 
-def _new(sorted_values: np.ndarray) -> np.ndarray:
-    """Mark the entries that differ from the one before."""
-    return np.append(True, sorted_values[1:] != sorted_values[:-1])[: len(sorted_values)]
+def overlap(a: Float[np.ndarray, " images"], b: Float[np.ndarray, " images"], n: int = OVERLAP_IMAGES) -> Overlap:
+    """Count the images that are among the n largest of both; of two random sets n² / N would be."""
+    first, second = ranked(a), ranked(b)
+    n = min(n, len(first), len(second))
+    return Overlap(len(set(first[:n]) & set(second[:n])), n, n * n / max(len(a), 1))
 
 
-def _known_latents(usae: USAE, latents: Sequence[int]) -> list[int]:
-    wanted = [int(latent) for latent in dict.fromkeys(latents)]
-    for latent in wanted:
-        if not 0 <= latent < usae.n_latents:
-            raise UsageError(
-                f"there is no latent {latent}", hint=f"the USAE's latents are numbered 0 to {usae.n_latents - 1}"
-            )
-    return wanted
+def _correlation(natural: NaturalActivations, latent: int, pair: Pair) -> float:
+    held_out = natural.split == SPLITS.index("holdout")
+    a, b = (natural.sites[site].fires(latent)[held_out].astype(np.float64) for site in pair)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+class _Describer:
+    def __init__(self, natural: NaturalActivations, firing: np.ndarray, active: np.ndarray) -> None:
+        self.natural, self.firing, self.active = natural, firing, active
+        self.sorted = np.sort(active)
+
+    def __call__(self, i: int) -> Exemplar:
+        below = np.searchsorted(self.sorted, self.active[i], side="left") / len(self.sorted)
+        split = SPLITS[self.natural.split[self.natural.begins[i]]]
+        return Exemplar(int(self.natural.images[i]), float(self.firing[i]), 100 * float(below), split)
+
+
+class _Looks:
+    """Tells images apart by small copies of them."""
+
+    def __init__(self, source: ImageSource | None) -> None:
+        self.source = source
+        self.thumbnail = lru_cache(maxsize=4096)(self._thumbnail)
+
+    def distinct(self, natural: NaturalActivations, places: Iterable[int], n: int, seen: list[int]) -> Iterator[int]:
+        """Yield the first n places whose image looks like none seen yet; they are then seen, too."""
+        found = 0
+        for place in places:
+            if found == n:
+                return
+            image = int(natural.images[place])
+            if not any(self._same(image, other) for other in seen):
+                seen.append(image)
+                found += 1
+                yield int(place)
+
+    def _same(self, a: int, b: int) -> bool:
+        if a == b:
+            return True
+        first, second = self.thumbnail(a), self.thumbnail(b)
+        return first is not None and second is not None and float(np.abs(first - second).mean()) < _SAME
+
+    def _thumbnail(self, image: int) -> Float[np.ndarray, "3 h w"] | None:
+        if self.source is None:
+            return None
+        try:
+            picture: UInt8[np.ndarray, "_ _ 3"] = self.source.load(image)
+        except ImageError:
+            return None
+        small: np.ndarray = at_size(picture, _THUMBNAIL).to(torch.float32).numpy()
+        return small

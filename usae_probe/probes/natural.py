@@ -46,7 +46,8 @@ class SiteNatural:
 
     def standardised(self, latent: int, activation: float | np.ndarray) -> np.ndarray:
         """Return how many standard deviations an activation lies above the latent's natural mean."""
-        return (np.asarray(activation, dtype=np.float64) - self.mean[latent]) / self.sd[latent]
+        score: np.ndarray = (np.asarray(activation, dtype=np.float64) - self.mean[latent]) / self.sd[latent]
+        return score
 
     def of(self, latent: int) -> Float[np.ndarray, " activations"]:
         """Return the natural activations of a chosen latent, in the order of the rows."""
@@ -91,13 +92,15 @@ class NaturalActivations:
     @cached_property
     def images(self) -> Int[np.ndarray, " images"]:
         """Numbers of the images, in the order of their rows."""
-        return self.image[self.begins]
+        numbers: np.ndarray = self.image[self.begins]
+        return numbers
 
     def strongest(self, values: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " images"]:
         """Return the largest of each image's values; those that are one per image already stay as they are."""
         if len(values) == len(self.images):
             return values
-        return np.maximum.reduceat(values, self.begins)
+        largest: np.ndarray = np.maximum.reduceat(values, self.begins)
+        return largest
 
     def demand_live(self, latent: int) -> None:
         """Check that some image fires a latent somewhere.

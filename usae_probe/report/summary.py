@@ -29,7 +29,7 @@ def run_summary(
 
     Args:
         overview: what was compared: `models` {name: {"name", "sites"}}, `images` {"train", "validation", "holdout"},
-            `n_latents`, `k`, and `cam`: None or {"n_pictures", "n_above"}.
+            `n_latents`, `k`, and `cam`: None or the content of `cam.json`.
         metrics: the content of `metrics.json`; parts that an older version did not write are left out.
         files: where the results are, by what they are.
         hint: what to try next, said last.
@@ -126,13 +126,27 @@ def _setting(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
 
 
 def _cam(cam: Mapping[str, Any] | None) -> Text | None:
-    if not cam or not cam["n_pictures"]:
+    if not cam:
         return None
-    n, above = cam["n_pictures"], cam["n_above"]
-    fire = "fire their latent" if n > 1 else "fires its latent"
-    whose = "their own model" if n > 1 else "its own model"
-    what = f" {above:,} of {_many(n, 'picture')} {fire} above every held-out image in {whose}"
-    return Text.assemble(("CAM:", "bold"), what)
+    modes, parts = cam["modes_counted"], []
+    images = f"{cam['n_natural']:,} {cam['unit']}"
+    for mode in ("independent", "contrast"):
+        if found := modes.get(mode):
+            kind = "" if mode == "independent" else f"{mode} "
+            fire = "fires" if found["pictures"] == 1 else "fire"
+            parts.append(
+                f"{found['findings']:,} of {_many(found['pictures'], f'{kind}picture')} {fire} the latent above every "
+                f"one of {images} in the picture's own model, {found['transferring']:,} in the others too (above 90 % "
+                "of them, and of control latents)"
+            )
+    if found := modes.get("joint"):
+        parts.append(
+            f"{found['findings']:,} of {_many(found['pictures'], 'joint picture')} above the 99th percentile in all models"
+        )
+    if cam["verdicts"]:
+        verdicts = ", ".join(f"{n:,} {judgement}" for judgement, n in cam["verdicts"].items() if n)
+        parts.append(f"verdicts: {verdicts}")
+    return Text.assemble(("CAM:", "bold"), f" {'; '.join(parts)}")
 
 
 def _share(value: float | None) -> str:

@@ -19,7 +19,7 @@ from ...hooks import HookedModel
 from ...images import ImageSource, open_source
 from ...usae import USAE
 from ..natural import NaturalActivations, natural_activations
-from ..records import LatentRecord
+from ..records import LatentRecord, jsonable, or_nan
 from .canvases import Canvas, FourierCanvas, MacoCanvas, PixelCanvas
 from .climbing import Climbed, Job, Wanted, climb
 from .starts import Album
@@ -55,6 +55,32 @@ class CamPicture:
     best_step: int
     scores: dict[str, CrossScore]
     failed: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the pixels as JSON can hold it; `from_dict` is the inverse."""
+        curves = {
+            site: [float(f"{value:.6g}") if np.isfinite(value) else None for value in curve.tolist()]
+            for site, curve in self.curves.items()
+        }
+        scores = {site: jsonable(score._asdict()) for site, score in self.scores.items()}
+        whole = {name: getattr(self, name) for name in ("latent", "mode", "restart", "best_step", "failed")}
+        return {**whole, "sites": list(self.sites), "scores": scores, "curves": curves}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], pixels: UInt8[np.ndarray, "h w 3"]) -> CamPicture:
+        """Read what `to_dict` wrote."""
+        curves = {site: np.array([or_nan(value) for value in curve]) for site, curve in data["curves"].items()}
+        scores = {
+            site: CrossScore._make(or_nan(score[name]) for name in CrossScore._fields)
+            for site, score in data["scores"].items()
+        }
+        whole = {name: data[name] for name in ("latent", "mode", "restart", "best_step", "failed")}
+        return cls(**whole, sites=tuple(data["sites"]), pixels=pixels, curves=curves, scores=scores)
+
+    @property
+    def key(self) -> PictureKey:
+        """What it was climbed in."""
+        return PictureKey(self.mode, "" if self.mode == "joint" else self.sites[0])
 
     @property
     def own(self) -> CrossScore:

@@ -119,7 +119,9 @@ class MacoCanvas:
 def decorrelated_spectrum(pictures: Pictures) -> Tensor:
     """Return rfft2(C⁻¹ logit(p)), orthonormal and complex, [b, 3, h, w // 2 + 1]."""
     logits = pictures.clamp(_EDGE, 1 - _EDGE).logit()
-    return torch.fft.rfft2(torch.einsum("kc,bchw->bkhw", torch.linalg.inv(colours(pictures)), logits), norm="ortho")
+    decorrelated = torch.einsum("kc,bchw->bkhw", torch.linalg.inv(colours(pictures)), logits)
+    spectrum: Tensor = torch.fft.rfft2(decorrelated, norm="ortho")
+    return spectrum
 
 
 def mean_magnitude(pictures: Pictures) -> Float[Tensor, "3 h f"]:

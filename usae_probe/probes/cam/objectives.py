@@ -141,7 +141,8 @@ def mean_squared_frequency(pictures: Pictures) -> PerPicture:
     across = torch.fft.fftfreq(width, dtype=pictures.dtype, device=pictures.device)
     squared = down[:, None].square() + across.square()
     tiny = torch.finfo(pictures.dtype).tiny
-    return (squared * power).sum(dim=(1, 2)) / power.sum(dim=(1, 2)).clamp_min(tiny)
+    mean: Tensor = (squared * power).sum(dim=(1, 2)) / power.sum(dim=(1, 2)).clamp_min(tiny)
+    return mean
 
 
 def apart_from(aim: Target, rows: PictureRows, latents: Sequence[int]) -> Float[Tensor, "b d"]:

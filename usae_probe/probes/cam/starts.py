@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import ImageError, UsageError
-from ...images import ImageSource, Preprocessing
+from ...images import ImageSource, at_size
 from ..natural import NaturalActivations
 from .canvases import mean_magnitude
 from .fourier import Picture
@@ -68,9 +68,3 @@ class Album:
         except ImageError:
             return None
         return mean_magnitude(at_size(picture, size)[None].double())
-
-
-def at_size(picture: UInt8[np.ndarray, "_ _ 3"], size: tuple[int, int]) -> Picture:
-    """Scale an image until it covers a size, and keep its centre: [3, h, w] in [0, 1]."""
-    covering = Preprocessing(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return covering.resize_crop([torch.from_numpy(np.array(picture)).permute(2, 0, 1)])[0]

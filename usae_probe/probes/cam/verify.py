@@ -128,7 +128,8 @@ def rate_matched(found: SiteNatural, latent: int, n: int) -> Int[np.ndarray, " c
     live = live[live != latent]
     floor = found.rate[live].min(initial=1.0)
     distance = np.abs(np.log(found.rate[live] / max(found.rate[latent], floor)))
-    return live[np.argsort(distance, kind="stable")[:n]]
+    nearest: np.ndarray = live[np.argsort(distance, kind="stable")[:n]]
+    return nearest
 
 
 def failed(scores: Mapping[str, CrossScore], climbed: Sequence[str], joint: bool) -> bool | None:

@@ -1,0 +1,120 @@
+"""What a latent's card and its column of the sheet show: images as the models see them, and where it fires in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ImageError
+from ..images import ImageSource, Preprocessing
+from ..probes import Exemplar, NaturalActivations, find_exemplars
+from ..probes.cam import CamPicture, Studio, best_restarts, heat_maps, judge
+from ..probes.cam.targets import Target
+from ..report.card import Card, CardImage, CardSite
+from ..report.sheet import SheetCell, SheetColumn
+from ..report.style import short
+from ..sites import model_of
+from .latents import Known
+
+Pixels = Tensor
+
+
+class CardMaker:
+    """Puts together what is shown of latents.
+
+    Args:
+        studio: the sites in their live models, and how pictures are made.
+        source: the images of the run; None where they are not there: then none are shown.
+        known: what the evaluation found out about every latent.
+    """
+
+    def __init__(self, studio: Studio, source: ImageSource | None, known: Sequence[Known]) -> None:
+        self.studio, self.source, self.known = studio, source, known
+        self.sites = [target.name for target in studio.targets]
+
+    def card(self, latent: int, pictures: Sequence[CamPicture], natural: NaturalActivations) -> Card:
+        """Choose a latent's images, judge it, and put its card together; of the pictures those asked for now."""
+        asked = [picture for key in self.studio.keys for picture in pictures if picture.key == key]
+        n, seed = self.studio.config.exemplars, self.studio.config.seed
+        exemplars = find_exemplars(natural, latent, source=self.source, n=n, seed=seed)
+        sites = {}
+        for target in self.studio.targets:
+            found = natural.sites[target.name]
+            strongest = float(found.standardised(latent, float(found.of(latent).max())))
+            lists: dict[str, Any] = {
+                kind: self._images(target, latent, getattr(exemplars, kind)[target.name], kind)
+                for kind in ("top", "only", "across")
+            }
+            sites[target.name] = CardSite(**lists, strongest=strongest)
+        return Card(
+            latent,
+            *self.known[latent],
+            sites,
+            best_restarts(asked),
+            exemplars,
+            judge(exemplars, asked),
+            natural.n,
+            natural.unit,
+        )
+
+    def _images(self, target: Target, latent: int, exemplars: Sequence[Exemplar], kind: str) -> list[CardImage]:
+        """Return images as the model sees them; of the strongest also where in them the latent fires."""
+        loaded = [(found, pixels) for found in exemplars if (pixels := self._load(found.image)) is not None]
+        if not loaded:
+            return []
+        preprocess = target.model.preprocess
+        heat: list[np.ndarray | None] = [None] * len(loaded)
+        # A map is of the model's input: behind somebody's own transform nobody knows where that lies in the image.
+        if kind == "top" and isinstance(preprocess, Preprocessing):
+            maps = heat_maps(target, preprocess([pixels for _, pixels in loaded]), [latent] * len(loaded))
+            heat = list(maps.numpy())
+        text: Callable[[Exemplar], str] = lambda found: f"{found.value:.3g}"
+        if kind == "across":
+            text = lambda found: f"{found.percentile:.0f} %"
+        return [
+            CardImage(_seen_by(preprocess, pixels), text(found), heat[i]) for i, (found, pixels) in enumerate(loaded)
+        ]
+
+    def _load(self, image: int) -> Pixels | None:
+        if self.source is None:
+            return None
+        try:
+            return torch.from_numpy(np.array(self.source.load(image))).permute(2, 0, 1)
+        except ImageError:
+            return None
+
+
+def sheet_column(card: Card) -> SheetColumn:
+    """Return a latent's column of the sheet: its independent pictures (or contrasts), and its joint one."""
+    cells = {}
+    for site, shown in card.sites.items():
+        own = [picture for picture in card.pictures if picture.mode != "joint" and picture.sites == (site,)]
+        if own:
+            cells[site] = _cell(card, own[0], [image.picture for image in shown.top])
+    if card.joint:
+        cells["joint"] = _cell(card, card.joint, [])
+    return SheetColumn(card.latent, card.label, cells)
+
+
+def _cell(card: Card, picture: CamPicture, images: Sequence[np.ndarray]) -> SheetCell:
+    site = picture.sites[0]
+    text = f"{short(picture.own.ratio, 1)}× max"
+    elsewhere = [score.percentile for other, score in picture.scores.items() if other not in picture.sites]
+    if elsewhere:
+        text += f" → {', '.join(f'{value:.0f} %' for value in elsewhere)}"
+    if picture.mode == "joint":
+        text = ", ".join(f"{model_of(each)} {short(picture.scores[each].ratio, 1)}×" for each in picture.sites)
+    curve = [] if picture.mode == "joint" else (picture.curves[site] / card.sites[site].strongest).tolist()
+    return SheetCell(picture.pixels, images[:4], curve, text, picture.failed is True)
+
+
+def _seen_by(preprocess: object, pixels: Pixels) -> np.ndarray:
+    """Return an image as a model sees it, before normalisation; as it is where the transform is not ours."""
+    if isinstance(preprocess, Preprocessing):
+        pixels = (preprocess.resize_crop([pixels])[0] * 255).round().byte()
+    seen: np.ndarray = pixels.permute(1, 2, 0).numpy()
+    return seen

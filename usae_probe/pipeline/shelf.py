@@ -1,0 +1,87 @@
+"""Pictures of a run on disk: of each latent an .npz with the pixels and a JSON with all that is known of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import replacing, write_json
+from ..probes.cam import CamPicture, PictureKey
+from ..sites import file_stem
+
+SCHEMA = 1
+
+
+class Shelf:
+    """The pictures in a folder that are still what would be made now.
+
+    Args:
+        folder: `cam/` of a run folder.
+        made_from: what pictures depend on; those made from something else are not there.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
+        self.folder, self.made_from = folder, dict(made_from)
+
+    def load(self, latent: int) -> list[CamPicture]:
+        """Return the pictures of a latent that there are; what is damaged can be made again."""
+        try:
+            record = json.loads(self.json(latent).read_text(encoding="utf-8"))
+            if record["schema"] != SCHEMA or record["made_from"] != self.made_from:
+                return []
+            with np.load(self.npz(latent)) as arrays:
+                pixels = {name: arrays[name] for name in arrays.files}
+            return [
+                CamPicture.from_dict(entry, pixels[entry["array"]][entry["restart"]]) for entry in record["pictures"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return []
+
+    def save(self, latent: int, pictures: Sequence[CamPicture], card: Mapping[str, Any] | None = None) -> None:
+        """Replace what there is of a latent: pixels first, so that the JSON never speaks of what is not there.
+
+        Args:
+            latent: its number.
+            pictures: all of it.
+            card: what else is known, once all pictures are there.
+        """
+        arrays: dict[str, list[np.ndarray]] = {}
+        for picture in pictures:
+            arrays.setdefault(array_name(picture.key), []).append(picture.pixels)
+        with replacing(self.npz(latent)) as temporary, temporary.open("wb") as file:
+            named: dict[str, Any] = {name: np.stack(parts) for name, parts in arrays.items()}
+            np.savez_compressed(file, **named)
+        write_json(self.json(latent), self.record(latent, pictures, card))
+
+    def record(
+        self, latent: int, pictures: Sequence[CamPicture], card: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what the JSON of a latent says."""
+        entries = [{"array": array_name(picture.key), **picture.to_dict()} for picture in pictures]
+        return {"schema": SCHEMA, "latent": latent, "made_from": self.made_from, **(card or {}), "pictures": entries}
+
+    def npz(self, latent: int) -> Path:
+        """Where a latent's pixels are: an array [restarts, h, w, 3] per mode and site."""
+        return self.folder / f"{stem(latent)}.npz"
+
+    def json(self, latent: int) -> Path:
+        """Where all that is known of a latent's pictures is."""
+        return self.folder / f"{stem(latent)}.json"
+
+    def card(self, latent: int) -> Path:
+        """Where a latent's card is."""
+        return self.folder / f"{stem(latent)}.png"
+
+
+def stem(latent: int) -> str:
+    """Return how the names of a latent's files begin."""
+    return f"latent-{latent:05d}"
+
+
+def array_name(key: PictureKey) -> str:
+    """Return the name of an array of pictures: `independent__vit__blocks.8@mean`."""
+    return f"{key.mode}__{file_stem(key.site)}" if key.site else key.mode
