@@ -6,7 +6,7 @@ Steepest ascent on other numbers is steepest ascent under another metric, and le
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from .fourier import LARGEST_COLUMN, Picture, Pictures, colours, from_picture, m
 _EDGE = 1 / 512  # half a level: black and white are no infinite logits
 
 
+@runtime_checkable
 class Canvas(Protocol):
     """A parametrisation of pictures of one size."""
 

@@ -164,7 +164,7 @@ class _Batch:
         seen = self.see(self.pictures())
         values = self.objective.value(seen.score, self._standards()).tolist()
         for i, value in zip(self.active, values, strict=True):
-            if not np.isfinite(value) or not bool(self.numbers[i].isfinite().all()):
+            if step and not (np.isfinite(value) and bool(self.numbers[i].isfinite().all())):
                 raise NonFiniteError(
                     f"the ascent of latent {self.latents[i]} at {self._where()} left the finite numbers",
                     hint="lower cam.lr, or run the model in float32",
