@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from usae_probe.probes.cam.fourier import picture_generator
 from usae_probe.probes.cam import transforms
+from usae_probe.probes.cam.fourier import picture_generator
 from usae_probe.probes.cam.transforms import Jitter
 
 EVERYTHING = Jitter(0.2, 0.1, rotation=20.0, crop=0.3, noise=0.01)

@@ -52,6 +52,9 @@ class CamConfig(Table):
     record_every: int = Field(1, ge=1, description="the other models look at the picture every so many steps")
     check_every: int = Field(16, ge=1, description="steps between looks at the plain picture; the best one is kept")
     patience: int = Field(4, ge=0, description="looks in a row without 1 % of gain that end the ascent; 0: never")
+    enough: float = Field(
+        0.0, ge=0, description="end a picture's ascent once it is so many times as strong as every image; 0: never"
+    )
     controls: int = Field(100, ge=1, description="latents of like rates that a picture's activation is compared with")
     exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
     max_batch: int = Field(16, ge=1, description="pictures in one forward pass: bounds the memory")

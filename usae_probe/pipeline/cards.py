@@ -44,12 +44,11 @@ class CardMaker:
         sites = {}
         for target in self.studio.targets:
             found = natural.sites[target.name]
-            strongest = float(found.standardised(latent, float(found.of(latent).max())))
             lists: dict[str, Any] = {
                 kind: self._images(target, latent, getattr(exemplars, kind)[target.name], kind)
                 for kind in ("top", "only", "across")
             }
-            sites[target.name] = CardSite(**lists, strongest=strongest)
+            sites[target.name] = CardSite(**lists, strongest=found.strongest(latent))
         return Card(
             latent,
             *self.known[latent],

@@ -106,7 +106,7 @@ def find_exemplars(
         only[site] = [describe(i) for i in looks.distinct(natural, alone, n, seen)]
         draw = np.random.default_rng([seed, latent, sites.index(site)])
         bands = np.array_split(np.argsort(active[site], kind="stable"), n)
-        drawn = (next(looks.distinct(natural, draw.permutation(band), 1, seen), None) for band in bands)
+        drawn = (next(looks.distinct(natural, draw.permutation(band).tolist(), 1, seen), None) for band in bands)
         across[site] = [describe(i) for i in drawn if i is not None]
     pairs = list(combinations(sites, 2))
     return Exemplars(
@@ -168,7 +168,7 @@ class _Looks:
             if not any(self._same(image, other) for other in seen):
                 seen.append(image)
                 found += 1
-                yield int(place)
+                yield place
 
     def _same(self, a: int, b: int) -> bool:
         if a == b:

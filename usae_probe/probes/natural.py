@@ -44,10 +44,20 @@ class SiteNatural:
     sd: Float[np.ndarray, " n"]
     rate: Float[np.ndarray, " n"]
 
-    def standardised(self, latent: int, activation: float | np.ndarray) -> np.ndarray:
-        """Return how many standard deviations an activation lies above the latent's natural mean."""
-        score: np.ndarray = (np.asarray(activation, dtype=np.float64) - self.mean[latent]) / self.sd[latent]
+    def standardised(
+        self, latent: int, activation: Float[np.ndarray, " activations"]
+    ) -> Float[np.ndarray, " activations"]:
+        """Return how many standard deviations activations lie above the latent's natural mean."""
+        score: np.ndarray = (activation.astype(np.float64) - self.mean[latent]) / self.sd[latent]
         return score
+
+    def score(self, latent: int, activation: float) -> float:
+        """Return how many standard deviations one activation lies above the latent's natural mean."""
+        return float(self.standardised(latent, np.array([activation]))[0])
+
+    def strongest(self, latent: int) -> float:
+        """Return the `score` of the largest natural activation of a chosen latent."""
+        return self.score(latent, float(self.of(latent).max()))
 
     def of(self, latent: int) -> Float[np.ndarray, " activations"]:
         """Return the natural activations of a chosen latent, in the order of the rows."""
@@ -222,7 +232,5 @@ class _Part:
 def reduced(z_pre: Float[Tensor, "rows n"], begins: Int[Tensor, " images"], how: PerImage) -> Float[Tensor, "images n"]:
     """Make one number of the rows of each image: their mean or their maximum."""
     counts = torch.diff(begins, append=torch.tensor([len(z_pre)]))
-    image = torch.arange(len(begins)).repeat_interleave(counts)
-    out = z_pre.new_zeros(len(begins), z_pre.shape[1])
-    kind = "mean" if how == "mean" else "amax"
-    return out.index_reduce_(0, image, z_pre, kind, include_self=False)
+    found: Tensor = torch.segment_reduce(z_pre, "mean" if how == "mean" else "max", lengths=counts, axis=0)
+    return found

@@ -140,9 +140,8 @@ def _cam(cam: Mapping[str, Any] | None) -> Text | None:
                 "of them, and of control latents)"
             )
     if found := modes.get("joint"):
-        parts.append(
-            f"{found['findings']:,} of {_many(found['pictures'], 'joint picture')} above the 99th percentile in all models"
-        )
+        of = _many(found["pictures"], "joint picture")
+        parts.append(f"{found['findings']:,} of {of} above the 99th percentile in all models")
     if cam["verdicts"]:
         verdicts = ", ".join(f"{n:,} {judgement}" for judgement, n in cam["verdicts"].items() if n)
         parts.append(f"verdicts: {verdicts}")

@@ -158,11 +158,11 @@ class _Batch:
 
     @torch.no_grad()
     def look(self, step: int) -> None:
-        """Look at the plain pictures: keep those that are the best so far, and let latents on a plateau rest."""
+        """Look at the plain pictures: keep those that are the best so far, and let latents rest that are done."""
         if not self.active:
             return
-        seen = self.see(self.pictures())
-        values = self.objective.value(seen.score, self._standards()).tolist()
+        seen, standards = self.see(self.pictures()), self._standards()
+        values = self.objective.value(seen.score, standards).tolist()
         for i, value in zip(self.active, values, strict=True):
             if step and not (np.isfinite(value) and bool(self.numbers[i].isfinite().all())):
                 raise NonFiniteError(
@@ -170,12 +170,19 @@ class _Batch:
                     hint="lower cam.lr, or run the model in float32",
                 )
             self.best[i].see(value, step, self.numbers[i])
-        waited = self.config.patience * self.config.check_every
-        resting = {i for i in self.active if self.config.patience and step - self.best[i].gained_at >= waited}
+        ratios = [seen.score[site] / standards[site].strongest.to(seen.score[site]) for site in self.job.climbed]
+        strong = torch.stack(ratios).amin(dim=0).tolist()
+        resting = {i for i, ratio in zip(self.active, strong, strict=True) if self._may_rest(i, step, ratio)}
         going_on = {self.latents[i] for i in self.active if i not in resting}  # a latent's restarts rest together
         for i in self.active:
             self.stopped[i] = step
         self.active = [i for i in self.active if self.latents[i] in going_on]
+
+    def _may_rest(self, i: int, step: int, ratio: float) -> bool:
+        """Say whether a picture is on a plateau, or strong enough."""
+        waited = self.config.patience * self.config.check_every
+        plateau = bool(waited) and step - self.best[i].gained_at >= waited
+        return plateau or (self.config.enough > 0 and ratio >= self.config.enough)
 
     def result(self) -> list[Climbed]:
         """Return the best look at every picture."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,22 +20,26 @@ PerPicture = Float[Tensor, " b"]
 
 
 class Standard(NamedTuple):
-    """Natural mean, standard deviation and standardised median of every picture's latent at a site, [b] each."""
+    """What is natural for every picture's latent at a site, [b] each: mean, standard deviation; median and maximum,
+    standardised.
+    """
 
     mean: PerPicture
     sd: PerPicture
     median: PerPicture
+    strongest: PerPicture
 
     @classmethod
     def of(cls, natural: NaturalActivations | None, site: str, latents: Sequence[int], like: Tensor) -> Standard:
-        """Read them; 0, 1 and 0 where nothing natural is known."""
+        """Read them; 0, 1, 0 and infinity where nothing natural is known."""
         if natural is None:
             zeros = torch.zeros(len(latents)).to(like)
-            return cls(zeros, zeros + 1, zeros)
+            return cls(zeros, zeros + 1, zeros, zeros + torch.inf)
         found = natural.sites[site]
-        medians = [found.standardised(latent, float(torch.tensor(found.of(latent)).median())) for latent in latents]
-        columns = ([found.mean[latent] for latent in latents], [found.sd[latent] for latent in latents], medians)
-        return cls(*(torch.tensor([float(value) for value in column]).to(like) for column in columns))
+        medians = np.array([found.score(latent, float(np.median(found.of(latent)))) for latent in latents])
+        strongest = np.array([found.strongest(latent) for latent in latents])
+        columns = (found.mean[list(latents)], found.sd[list(latents)], medians, strongest)
+        return cls(*(torch.from_numpy(column).to(like) for column in columns))
 
     def at(self, pictures: Sequence[int]) -> Standard:
         """Return those of some of the pictures."""

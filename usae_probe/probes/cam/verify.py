@@ -110,8 +110,7 @@ class Compared(NamedTuple):
         found = natural.sites[site]
         values = found.of(latent)
         below = float((values < z_pre).mean())
-        score = float(found.standardised(latent, z_pre))
-        largest = float(found.standardised(latent, float(values.max())))
+        score, largest = found.score(latent, z_pre), found.strongest(latent)
         controls = rate_matched(found, latent, n_controls)
         others = (all_latents[controls] - found.mean[controls]) / found.sd[controls]
         transfer = float((others < score).mean()) if len(controls) else math.nan

@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-
 from usae_probe.report.pictures import SheetCell, SheetColumn, _sheet, cam_sheet, save_png
 
 RESNET, VIT, LONG = "resnet/layer4", "vit/blocks.5", "efficientnet_lite/blocks.10.3.conv_pwl@mean"
