@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -34,28 +33,11 @@ from usae_probe.probes.cam.pixels import InputSpace, PreprocessedSpace, picture_
 from usae_probe.probes.cam.transforms import Jitter
 from usae_probe.usae import USAE
 
+from .cam_world import DIMS, MEAN, SITES, STD, dictionary, network
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SITES = {"resnet": "resnet/layer4", "vit": "vit/blocks.1"}
-DIMS = {"resnet/layer4": 16, "vit/blocks.1": 24}
 TINY: dict[str, Any] = {"steps": 6, "check_every": 3}
-
-
-def network(kind: str) -> nn.Module:
-    """A small untrained model with weights that are not at timm's starts (some of those are zero)."""
-    module: nn.Module
-    if kind == "resnet":
-        module = timm.create_model("resnet10t", channels=(8, 8, 16, 16), stem_width=8, num_classes=3)
-    else:
-        options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
-        module = timm.create_model("vit_tiny_patch16_224", **options)
-    for part in module.modules():
-        if isinstance(part, (nn.BatchNorm2d, nn.Linear, nn.LayerNorm)):
-            spread = 1.0 if isinstance(part, nn.BatchNorm2d) else 0.3
-            nn.init.normal_(part.weight, std=spread)
-            nn.init.normal_(part.bias, std=spread)
-    return module.eval()
 
 
 def hook(kind: str, *, double: bool = True, module: nn.Module | None = None, **preprocessing: Any) -> HookedModel:
@@ -77,17 +59,6 @@ def resnet() -> Iterator[HookedModel]:
 def vit() -> Iterator[HookedModel]:
     with hook("vit") as model:
         yield model
-
-
-def dictionary(dims: dict[str, int] = DIMS, *, double: bool = True, kernel: str = "auto", k: int = 4) -> USAE:
-    """A USAE with random biases and a normalisation."""
-    g = torch.Generator().manual_seed(1)
-    normalisation = {site: (0.3 * torch.randn(d, generator=g), 0.7 + i) for i, (site, d) in enumerate(dims.items())}
-    usae = USAE(dims, n_latents=40, k=k, normalisation=normalisation, kernel=kernel)
-    with torch.no_grad():
-        for bias in (*usae.b_enc, usae.b_dec):
-            bias.add_(0.2 * torch.randn(bias.shape, generator=g))
-    return usae.double() if double else usae
 
 
 def drawn_pictures(n: int, size: int = 32) -> Tensor:

@@ -105,9 +105,20 @@ def dry_run(
     except Exception as error:
         raise UsageError(
             f"{type(module).__name__} cannot take an input of shape {[1, *pictures.shape[1:]]}: {error}",
-            hint="set image_size to what the model takes, or pass it options (timm: img_size, dynamic_img_size)",
+            hint=_what_it_takes(module, error),
         ) from error
     return _describe(module, points, watch, rule)
+
+
+def _what_it_takes(module: nn.Module, error: Exception) -> str:
+    """Say what to do about a model that does not take pictures of a size, or no pictures at all."""
+    tables = [name for name, part in module.named_modules() if isinstance(part, nn.Embedding)]
+    if tables and "indices" in str(error):
+        return (
+            f"its '{tables[0]}' looks whole numbers up, as models of text do: images and pictures need a model of "
+            "images; for one that takes both, give forward_args="
+        )
+    return "set image_size to what the model takes, or pass it options (timm: img_size, dynamic_img_size)"
 
 
 class _Watch:

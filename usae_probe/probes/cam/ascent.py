@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,7 @@ class CamPicture:
         """Read what `to_dict` wrote."""
         curves = {site: np.array([or_nan(value) for value in curve]) for site, curve in data["curves"].items()}
         scores = {
-            site: CrossScore._make(or_nan(score[name]) for name in CrossScore._fields)
+            site: CrossScore._make(math.nan if score[name] is None else score[name] for name in CrossScore._fields)
             for site, score in data["scores"].items()
         }
         whole = {name: data[name] for name in ("latent", "mode", "restart", "best_step", "failed")}
