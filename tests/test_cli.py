@@ -166,7 +166,8 @@ def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.status == 0, result.out
     assert document["metrics"]["sites"] == ["resnet/layer3", "resnet/layer4", "vit/blocks.3", "vit/blocks.5"]
     assert document["metrics"]["factors"]["names"] == list(usae_probe.demo.FACTOR_NAMES)
-    assert (document["cam"]["latents"], document["cam"]["n_pictures"]) == ([0, 1], 4)
+    counted = {mode: found["pictures"] for mode, found in document["cam"]["modes_counted"].items()}
+    assert (document["cam"]["latents"], counted) == ([0, 1], {"independent": 4, "joint": 2})
     assert document["files"]["pictures"] == "d/cam/sheet.png"
     assert all(Path(path).exists() for path in document["files"].values())
     assert ActivationBuffer("d/buffer").source["n_images"] == 64
@@ -175,20 +176,25 @@ def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cli("demo", "--out", "d").err.count("kept, already done") == 4
     Path("d").rename("moved")  # all that a run needs is in its folder
     assert cli("demo", "--out", "moved").err.count("kept, already done") == 4
-    assert json.loads(cli("cam", "moved", "--latents", "1", "--steps", "2", "--json").out)["cam"]["n_pictures"] == 2
+    assert json.loads(cli("cam", "moved", "--latents", "1", "--steps", "2", "--json").out)["cam"]["latents"] == [1]
 
 
 def test_cam_of_a_run_folder(cli: Command) -> None:
     assert cli("run", "c.toml", "--out", "r").status == 0
-    result = cli("cam", "r", "--latents", "3, 0", "--steps", "2")
+    result = cli("cam", "r", "--latents", "3, 0", "--steps", "2", "--mode", "contrast, independent", "--max-batch", "1")
     assert result.status == 0, result.err
     assert "cam: done in" in result.err
     assert "r/cam/sheet.png" in result.out
-    assert Path("r/cam/latent-00003__a__3.png").exists()
+    assert {file.name for file in Path("r/cam").iterdir()} == {
+        "cam.json", "sheet.png", *(f"latent-0000{n}.{kind}" for n in (0, 3) for kind in ("json", "npz", "png"))
+    }  # fmt: skip
     again = json.loads(cli("cam", "r", "--json").out)  # the latents asked for last
     assert again["stages"]["cam"]["kept"] is True
     assert again["cam"]["latents"] == [3, 0]
-    assert {record["site"] for record in again["cam"]["pictures"]} == {"a/3", "b/0"}
+    pictures = [picture for card in again["cam"]["cards"] for picture in card["pictures"]]
+    expected = [(n, mode, [site]) for n in (3, 0) for mode in ("contrast", "independent") for site in ("a/3", "b/0")]
+    assert [(picture["latent"], picture["mode"], picture["sites"]) for picture in pictures] == expected
+    assert all("curves" not in picture for picture in pictures)  # those are in the files
     assert cli("run", "c.toml", "--out", "r").err.count("kept") == 3
 
 
@@ -235,6 +241,11 @@ FAILURES: dict[str, tuple[list[str], Callable[[], Any], int, str, str]] = {
     "no run folder": (["cam", "c.toml"], lambda: None, 2, "UsageError", "'c.toml' is no run folder"),
     "mistyped latents": (["cam", "r", "--latents", "best"], evaluated, 2, "ConfigError", "latents"),
     "no such latent": (["cam", "r", "--latents", "3,99"], evaluated, 2, "UsageError", "there is no latent 99"),
+    "mistyped mode": (["cam", "r", "--latents", "3", "--mode", "jiont"], evaluated, 2, "ConfigError", "'joint'"),
+    "too many restarts": (
+        ["cam", "r", "--latents", "3", "--restarts", "9", "--max-batch", "4"],
+        evaluated, 2, "ConfigError", "restarts = 9 do not fit in max_batch = 4",
+    ),
     "cam before its time": (
         ["cam", "r", "--latents", "3"], lambda: evaluated(("harvest",)), 1, "StageError", "has no finished train",
     ),

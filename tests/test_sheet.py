@@ -1,4 +1,4 @@
-"""Sheets of CAM pictures hold what they are given, nothing overlaps or is cut off; single pictures keep every byte."""
+"""Sheets of CAM pictures hold what they are given, and nothing overlaps or is cut off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from usae_probe.report.pictures import SheetCell, SheetColumn, _sheet, cam_sheet, save_png
+
+from usae_probe.report.sheet import BAD, SheetCell, SheetColumn, _sheet, cam_sheet
 
 RESNET, VIT, LONG = "resnet/layer4", "vit/blocks.5", "efficientnet_lite/blocks.10.3.conv_pwl@mean"
 SIZES = {RESNET: 64, VIT: 224, LONG: 96}
@@ -22,8 +23,12 @@ def noise(size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
-def cell(size: int = 16, n: int = 4, z: float = 6.2, natural: float = 2.0) -> SheetCell:
-    return SheetCell(noise(size), [noise(size, i) for i in range(n)], [0.0, 2.0, z], z, natural)
+def cell(size: int = 16, n: int = 4, text: str = "1.5× max → 99 %", failed: bool = False) -> SheetCell:
+    return SheetCell(noise(size), [noise(size, i) for i in range(n)], [0.0, 1.0, 3.0], text, failed)
+
+
+def joint(size: int = 16) -> SheetCell:
+    return SheetCell(noise(size), text="resnet 1.2×, vit 1.1×")
 
 
 def column(latent: int, sites: tuple[str, ...], title: str = "colour = red") -> SheetColumn:
@@ -90,31 +95,37 @@ def assert_tidy(figure: Figure) -> None:
 
 
 def test_what_is_said_of_a_picture() -> None:
-    cells = {
-        "a/x": cell(z=6.2, natural=2.0),
-        "b/x": cell(z=0.0, natural=2.0),
-        "c/x": cell(z=1.0, natural=2.0),
-        "d/x": cell(z=3.14, natural=0.0, n=0),
-    }
-    figure = _sheet([SheetColumn(273, "colour = red", cells)], tuple(cells))
-    found = texts(figure)
-    for text in ("273", "colour = red", "3.1× max", "not selected", "0.5× max", "z 3.1, held-out max 0", *cells):
+    cells = {"a/x": cell(text="3.1× max"), "b/x": cell(text=".5× max", failed=True), "c/x": cell(text="2×", n=0)}
+    figure = _sheet([SheetColumn(273, "colour = red", cells), SheetColumn(1, "", {"c/x": cell()})], tuple(cells))
+    found = {text.get_text(): text.get_color() for text in figure.texts}
+    for text in ("273", "colour = red", "3.1× max", *cells):
         assert text in found
-    assert found.count("no image fires it") == 1
-    assert "gradient ascent on z_pre" in " ".join(found[-1].split())
-    assert "Dotted" in found[-1]
+    assert found[".5× max"] == BAD
+    assert found["3.1× max"] != BAD
+    assert list(texts(figure)).count("no image fires it") == 1
+    assert "gradient ascent on z_pre" in " ".join(texts(figure)[-1].split())
 
 
-def test_curves_are_multiples_of_the_strongest_held_out_image() -> None:
-    cells = {"a/x": cell(z=6.0, natural=2.0), "b/x": cell(z=3.0, natural=0.0)}
-    figure = _sheet([SheetColumn(1, "", cells), SheetColumn(2, "", {"b/x": cells["b/x"]})], ["a/x", "b/x"])
+def test_curves_stand_beside_the_strongest_image_in_the_colour_of_their_site() -> None:
+    cells = {"a/x": cell(), "b/x": cell(), "joint": joint()}
+    figure = _sheet([SheetColumn(1, "", cells), SheetColumn(2, "", {"b/x": cells["b/x"]})], ["a/x", "b/x", "joint"])
     one, two = named(figure, "curves ").values()
-    lines = [(list(np.asarray(line.get_ydata(), dtype=float)), line.get_linestyle()) for line in one.lines]
-    assert lines == [([0.0, 1.0, 3.0], "-"), ([0.0, 2.0, 3.0], ":"), ([1.0, 1.0], "--")]
+    lines = [list(np.asarray(line.get_ydata(), dtype=float)) for line in one.lines]
+    assert lines == [[0.0, 1.0, 3.0], [0.0, 1.0, 3.0], [1.0, 1.0]]
     assert one.get_ylim() == two.get_ylim()
     assert one.lines[1].get_color() == two.lines[0].get_color()  # a site keeps its colour
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["a/x", "b/x", "strongest held-out image"]
+    assert labels == ["a/x", "b/x", "strongest image"]  # a joint picture has no curve of its own
+
+
+def test_a_joint_row_takes_no_room_for_images() -> None:
+    sites = (RESNET, VIT, "joint")
+    columns = [SheetColumn(i, "", {RESNET: cell(64), VIT: cell(224), "joint": joint(224)}) for i in range(4)]
+    figure = _sheet(columns, sites)
+    assert len(named(figure, "cam ")) == 12
+    assert len(named(figure, "image ")) == 4 * 2 * 4
+    assert texts(figure).count("images") == 2
+    assert_tidy(figure)
 
 
 def test_a_sheet_without_images_says_nothing_of_them() -> None:
@@ -138,7 +149,7 @@ def test_the_file_is_small_enough_and_alone(tmp_path: Path) -> None:
     path = tmp_path / "cam" / "sheet.png"
     smooth = np.linspace(0, 255, 224 * 224 * 3).reshape(224, 224, 3).astype(np.uint8) // 2
     grain = np.random.default_rng(0).integers(0, 40, (224, 224, 3), dtype=np.uint8)
-    full = SheetCell(smooth + grain, [smooth + grain] * 4, [0.0, 1.0], 1.0, 1.0)
+    full = SheetCell(smooth + grain, [smooth + grain] * 4, [0.0, 1.0], "1.0× max")
     columns = [SheetColumn(i, "colour = red", {RESNET: full, VIT: full}) for i in range(8)]
     cam_sheet(columns, (RESNET, VIT), path)
     with Image.open(path) as image:
@@ -146,12 +157,3 @@ def test_the_file_is_small_enough_and_alone(tmp_path: Path) -> None:
         assert image.width > 1500
     assert 100_000 < path.stat().st_size < 2_500_000
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
-
-
-def test_a_single_picture_keeps_every_byte(tmp_path: Path) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    save_png(picture[:, ::-1], tmp_path / "deep" / "one.png")
-    with Image.open(tmp_path / "deep" / "one.png") as image:
-        assert (image.format, image.mode) == ("PNG", "RGB")
-        np.testing.assert_array_equal(np.asarray(image), picture[:, ::-1])
-    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["one.png"]

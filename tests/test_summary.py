@@ -88,6 +88,13 @@ def metrics_of(sites: tuple[str, ...], **changes: Any) -> dict[str, Any]:
     return values | changes
 
 
+def cam_of(**modes: tuple[int, int, int]) -> dict[str, Any]:
+    """What `cam.json` says of pictures, findings and transferring ones, by mode."""
+    counted = {mode: dict(zip(("pictures", "findings", "transferring"), n, strict=True)) for mode, n in modes.items()}
+    verdicts = {"same concept": 5, "different": 0, "undecided": 3}
+    return {"modes_counted": counted, "n_natural": 4000, "unit": "images", "verdicts": verdicts}
+
+
 def overview_of(sites: tuple[str, ...], **changes: Any) -> dict[str, Any]:
     names = dict.fromkeys(site.partition("/")[0] for site in sites)
     values: dict[str, Any] = {
@@ -95,7 +102,7 @@ def overview_of(sites: tuple[str, ...], **changes: Any) -> dict[str, Any]:
         "images": {"source": "photos/", "train": 1620, "validation": 180, "holdout": 200},
         "n_latents": 128,
         "k": 8,
-        "cam": {"n_pictures": 16, "n_above": 15, "latents": [1], "grid": "run/cam/sheet.png"},
+        "cam": cam_of(independent=(16, 15, 9), joint=(8, 8, 0)),
     }
     return values | changes
 
@@ -231,14 +238,18 @@ def test_parts_that_an_older_version_did_not_write_are_left_out() -> None:
 def test_pictures_files_and_hint() -> None:
     files = {"measures": Path("run/metrics.json"), "deep": Path("x" * 100)}
     text = printed(run_summary(overview_of(TWO), metrics_of(TWO), files, hint="next: usae-probe cam"))
-    assert "CAM: 15 of 16 pictures fire their latent above every held-out image in their own model" in joined(text)
+    said = joined(text)
+    assert "CAM: 15 of 16 pictures fire the latent above every one of 4,000 images in the picture's own model" in said
+    assert "9 in the others too (above 90 % of them, and of control latents)" in said
+    assert (
+        "8 of 8 joint pictures above the 99th percentile in all models; verdicts: 5 same concept, 3 undecided" in said
+    )
     assert re.search(r"measures +run/metrics.json", text)
     assert text.count("x") >= 100  # folded, not cut
     assert text.endswith("next: usae-probe cam\n")
-    one = overview_of(TWO, cam={"n_pictures": 1, "n_above": 1})
-    assert "1 of 1 picture fires its latent" in printed(run_summary(one, metrics_of(TWO), {}))
-    none = overview_of(TWO, cam={"n_pictures": 0, "n_above": 0})
-    assert "CAM" not in printed(run_summary(none, metrics_of(TWO), {}))
+    one = overview_of(TWO, cam=cam_of(contrast=(1, 1, 0)))
+    assert "1 of 1 contrast picture fires the latent" in joined(printed(run_summary(one, metrics_of(TWO), {})))
+    assert "CAM" not in printed(run_summary(overview_of(TWO, cam=None), metrics_of(TWO), {}))
     assert "run/metrics.json" in printed(file_table(files))
 
 

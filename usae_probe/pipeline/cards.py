@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ImageError
@@ -70,7 +72,7 @@ class CardMaker:
         # A map is of the model's input: behind somebody's own transform nobody knows where that lies in the image.
         if kind == "top" and isinstance(preprocess, Preprocessing):
             maps = heat_maps(target, preprocess([pixels for _, pixels in loaded]), [latent] * len(loaded))
-            heat = list(maps.numpy())
+            heat = list(smoothed(maps).numpy())
         text: Callable[[Exemplar], str] = lambda found: f"{found.value:.3g}"
         if kind == "across":
             text = lambda found: f"{found.percentile:.0f} %"
@@ -109,6 +111,13 @@ def _cell(card: Card, picture: CamPicture, images: Sequence[np.ndarray]) -> Shee
         text = ", ".join(f"{model_of(each)} {short(picture.scores[each].ratio, 1)}×" for each in picture.sites)
     curve = [] if picture.mode == "joint" else (picture.curves[site] / card.sites[site].strongest).tolist()
     return SheetCell(picture.pixels, images[:4], curve, text, picture.failed is True)
+
+
+def smoothed(maps: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+    """Average maps over squares of an eighth of the side: gradients jump from pixel to pixel."""
+    window = max(maps.shape[-1] // 16, 1) * 2 + 1
+    averaged: Tensor = F.avg_pool2d(maps[:, None], window, stride=1, padding=window // 2, count_include_pad=False)
+    return averaged[:, 0]
 
 
 def _seen_by(preprocess: object, pixels: Pixels) -> np.ndarray:

@@ -21,19 +21,13 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
         folder: a run folder with `latents.csv` and `metrics.json`.
 
     Raises:
-        NoLatentsError: when there are none of the kind, or one asked for by number is dead.
+        NoLatentsError: when there are none of the kind.
         UsageError: when a number is none of the latents.
     """
     rows = _latent_rows(folder)
     for number in (numbers := CamConfig(latents=asked).numbers):
         if number >= len(rows):
             raise UsageError(f"there is no latent {number}", hint=f"latents are numbered 0 to {len(rows) - 1}")
-        if rows[number]["category"] == "dead":
-            live = ", ".join(row["latent"] for row in rows if row["category"] == "universal")
-            raise NoLatentsError(
-                f"latent {number} is dead: it never fires on held-out images, so there is nothing to make it fire",
-                hint=f"latents.csv lists all with their classes; universal are {shortened(live)}",
-            )
     if numbers:
         return numbers
     kind, _, n = asked.partition(":")
@@ -65,11 +59,6 @@ def known_of_latents(folder: Path) -> list[Known]:
         Known(row["category"], row["follows"].replace("=", " = ", 1) if row["latent"] in following else "")
         for row in rows
     ]
-
-
-def shortened(text: str, room: int = 60) -> str:
-    """Cut a list of numbers at a comma."""
-    return text if len(text) <= room else f"{text[: text.rindex(',', 0, room)]}, …"
 
 
 def _following(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:

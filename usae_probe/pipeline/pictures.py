@@ -76,7 +76,10 @@ class CamStage:
         shelf = Shelf(self.folder / "cam", self._made_from(given))
         kept = {latent: shelf.load(latent) for latent in latents}
         steps = StepCount(progress, self._missing_steps(studio, kept))
-        maker = CardMaker(studio, source, known_of_latents(self.folder))
+        known = known_of_latents(self.folder)
+        if suspects := [latent for latent in latents if known[latent].category == "dead"]:
+            studio.natural(suspects, buffer)  # dead on held-out images: on all others, too?
+        maker = CardMaker(studio, source, known)
         self.result.unlink(missing_ok=True)  # from here on it would speak of pictures that are being replaced
         cards: list[Card] = []
         for batch in latent_batches(latents, self.config.cam):

@@ -25,11 +25,11 @@ _BETWEEN = 0.4
 _BELOW = 0.2  # of a picture, for the text under it
 _SECTION = 0.16
 _CAPTION = (
-    "Heat: where the latent fires, by place, or for a site with one row per image gradient × input (positive part); of "
-    "each map its own maximum is 1. Curves: activation of the transformed picture in natural standard deviations (σ) "
-    "above the natural mean; dashed: the strongest image of each model. In the table: percentile among all natural "
-    "activations; share of control latents, which fire about as often, that the picture drives less far; + where the "
-    "latent is among the selected ones. "
+    "Where: the latent's activation by place, or for a site with one row per image gradient × input (positive part of "
+    "its average over an eighth of the side); of each map its own maximum is 1. Curves: activation of the transformed "
+    "picture in natural standard deviations (σ) above the natural mean; dashed: the strongest image of each model. In "
+    "the table: percentile among all natural activations; share of control latents, which fire about as often, that the "
+    "picture drives less far; + where the latent is among the selected ones. "
 )
 
 
