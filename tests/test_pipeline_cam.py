@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from usae_probe import Run, RunConfig
 from usae_probe.demo import draw_images, save_drawings
 from usae_probe.errors import BufferMismatchError, ConfigError, NoLatentsError, UsaeProbeWarning, UsageError
 from usae_probe.pipeline import RunRecord
-from usae_probe.pipeline.latents import choose_latents, followed_labels
+from usae_probe.pipeline.latents import choose_latents, known_of_latents
+from usae_probe.pipeline.models import attach_all
+from usae_probe.pipeline.pictures import CamStage
 
 from .tiny_run import CONFIG, changed, put_tiny_run
 
@@ -49,64 +52,96 @@ def pictures(folder: Path) -> Pictures:
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in (folder / "cam").glob("latent-*.png")}
+    return {file.name: file.stat().st_mtime_ns for file in (folder / "cam").glob("latent-*.npz")}
+
+
+def made(cam: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Every picture of cam.json with its latent."""
+    return [(card["latent"], picture) for card in cam["cards"] for picture in card["pictures"]]
 
 
 def test_every_picture_is_what_its_record_says(pictures: Pictures, folder: Path) -> None:
-    cam = pictures()
-    assert (cam["latents"], cam["sites"], cam["n_pictures"]) == ([0, 3], SITES, 4)
+    cam = pictures(restarts=2)
+    assert (cam["latents"], cam["sites"], cam["modes"]) == ([0, 3], SITES, ["independent", "joint"])
     assert cam == json.loads((folder / "cam/cam.json").read_text())
+    assert (cam["n_natural"], cam["unit"]) == (60, "images")
     usae, config = up.USAE.load(folder / "usae.safetensors"), RunConfig.from_dict(CONFIG, base=folder.parent)
     for name, entry in config.models.items():
         given = entry.model_dump(exclude={"adapter", "name", "layers"})
+        site = f"{name}/2"
         with up.attach(entry.name, adapter="module", name=name, layers=["2"], base=config.base, **given) as model:
-            for record in (record for record in cam["pictures"] if record["site"] == f"{name}/2"):
-                with Image.open(folder / record["file"]) as image:
-                    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-                codes = usae.encode(model.rows(model.preprocess([pixels]))[record["site"]], record["site"])
-                z = usae.to_dense(codes)[0, record["latent"]].item()
-                assert record["z"] == pytest.approx(z, abs=1e-5)
-                assert len(record["curve"]) == 6
-                assert record["above_held_out"] == (record["z"] > record["held_out_maximum"])
-                assert len(record["exemplars"]) <= 2
-    assert cam["n_above"] == sum(record["above_held_out"] for record in cam["pictures"])
-    with Image.open(folder / "cam/sheet.png") as sheet:
-        assert min(sheet.size) > 200
+            for latent, record in made(cam):
+                with np.load(folder / f"cam/latent-{latent:05d}.npz") as arrays:
+                    pixels = torch.from_numpy(arrays[record["array"]][record["restart"]]).permute(2, 0, 1)
+                rows = model.rows(model.preprocess([pixels]))[site]
+                z = usae.to_dense(usae.encode(rows, site))[0, latent].item()
+                z_pre = usae.pre_activation(rows, site, [latent]).item()
+                score = record["scores"][site]
+                assert (score["z"], score["z_pre"]) == (pytest.approx(z, abs=1e-5), pytest.approx(z_pre, abs=1e-5))
+                assert score["selected"] == (z > 0)
+                assert len(record["curves"][site]) == 6
+                if record["sites"] == [site]:
+                    assert record["failed"] == (not score["above_all"])
+    for latent in (0, 3):  # all restarts are in the file, the best of each on the card
+        whole = json.loads((folder / f"cam/latent-{latent:05d}.json").read_text())
+        assert len(whole["pictures"]) == 6
+        for key in ("independent__a__2", "independent__b__2", "joint"):
+            of_key = [picture for picture in whole["pictures"] if picture["array"] == key]
+            own = [min(picture["scores"][site]["score"] for site in picture["sites"]) for picture in of_key]
+            (shown,) = (p for number, p in made(cam) if (number, p["array"]) == (latent, key))
+            assert min(shown["scores"][site]["score"] for site in shown["sites"]) == max(own)
+    with Image.open(folder / "cam/sheet.png") as sheet, Image.open(folder / "cam/latent-00003.png") as card:
+        assert min(*sheet.size, *card.size) > 200
 
 
-def test_held_out_maxima_are_those_of_the_latent_table(pictures: Pictures, folder: Path) -> None:
-    cam = pictures(latents=",".join(map(str, range(16))))
-    lines = [line.split(",") for line in (folder / "latents.csv").read_text().splitlines()]
-    for record in cam["pictures"]:
-        column = lines[0].index(f"maximum[{record['site']}]")
-        assert record["held_out_maximum"] == pytest.approx(float(lines[1 + record["latent"]][column]), rel=1e-4)
+def test_counts_are_those_of_the_pictures(pictures: Pictures) -> None:
+    cam = pictures(latents=",".join(map(str, range(16))), modes=["independent", "joint", "contrast"])
+    for mode, counts in cam["modes_counted"].items():
+        of_mode = [picture for _, picture in made(cam) if picture["mode"] == mode]
+        findings = [picture for picture in of_mode if not picture["failed"]]
+        assert counts["pictures"] == len(of_mode) == (16 if mode == "joint" else 32)
+        assert counts["findings"] == len(findings)
+    assert sum(cam["verdicts"].values()) == 16
+    for card in cam["cards"]:
+        for record in (record for record in card["pictures"] if record["mode"] == "independent"):
+            own = record["scores"][record["sites"][0]]
+            assert own["n"] == 60
+            assert own["above_all"] == (own["ratio"] > 1)
+
+
+def test_sheets_of_eight_latents_and_no_stale_ones(pictures: Pictures, folder: Path) -> None:
+    cam = pictures(latents="0,1,2,3,4,5,6,7,8,9", modes=["independent"])
     assert cam["sheets"] == ["cam/sheet-1.png", "cam/sheet-2.png"]
     assert sorted(file.name for file in (folder / "cam").glob("sheet*")) == ["sheet-1.png", "sheet-2.png"]
     assert pictures()["sheets"] == ["cam/sheet.png"]
-    assert sorted(file.name for file in (folder / "cam").glob("sheet*")) == ["sheet.png"]  # no stale ones
+    assert sorted(file.name for file in (folder / "cam").glob("sheet*")) == ["sheet.png"]
 
 
-def test_a_second_call_keeps_all_and_other_latents_only_add(pictures: Pictures, folder: Path) -> None:
+def test_a_second_call_keeps_all_and_other_latents_and_modes_only_add(pictures: Pictures, folder: Path) -> None:
     first = pictures()
-    before = stamps(folder)
     calls: list[Any] = []
     assert pictures(progress=calls.append) == first
     assert not calls
     more = pictures(latents="3,0,5", progress=calls.append)
     assert more["latents"] == [3, 0, 5]
-    assert {name: stamps(folder)[name] for name in before} == before
-    assert (calls[-1].done, calls[-1].total) == (12, 12)  # one latent, two sites, six steps
-    assert len(stamps(folder)) == 6
+    assert [card for card in more["cards"] if card["latent"] in (0, 3)] == first["cards"][::-1]
+    assert (calls[-1].done, calls[-1].total) == (18, 18)  # one latent; two sites and both together; six steps
+    contrast = pictures(modes=["contrast"])
+    assert {picture["mode"] for _, picture in made(contrast)} == {"contrast"}
+    calls.clear()
+    assert pictures(progress=calls.append) == first  # they were kept meanwhile
+    assert not calls
 
 
-def test_other_steps_make_other_pictures(pictures: Pictures, folder: Path) -> None:
-    pictures()
-    before = stamps(folder)
-    assert all(len(record["curve"]) == 7 for record in pictures(steps=7)["pictures"])
-    assert not set(stamps(folder).values()) & set(before.values())
+def test_other_steps_make_other_pictures(pictures: Pictures) -> None:
+    first = pictures()
+    other = pictures(steps=7)
+    for (_, before), (_, after) in zip(made(first), made(other), strict=True):
+        assert [len(curve) for curve in after["curves"].values()] == [7, 7]
+        assert before["curves"] != after["curves"]
 
 
-def test_an_interruption_keeps_the_pictures_that_are_done(pictures: Pictures, folder: Path) -> None:
+def test_an_interruption_keeps_what_is_done(pictures: Pictures, folder: Path) -> None:
     def interrupt(now: Any) -> None:
         if now.done == 9:  # in the second site
             raise KeyboardInterrupt
@@ -114,21 +149,57 @@ def test_an_interruption_keeps_the_pictures_that_are_done(pictures: Pictures, fo
     with pytest.raises(KeyboardInterrupt):
         pictures(progress=interrupt)
     before = stamps(folder)
-    assert sorted(before) == ["latent-00000__a__2.png", "latent-00003__a__2.png"]
+    assert sorted(before) == ["latent-00000.npz", "latent-00003.npz"]
     assert not (folder / "cam/cam.json").exists()
-    whole = pictures()
-    assert {name: stamps(folder)[name] for name in before} == before
+    calls: list[Any] = []
+    whole = pictures(progress=calls.append)
+    assert calls[-1].total == 12  # the first site's are there
     for file in (folder / "cam").iterdir():
         file.unlink()
-    again = pictures()
-    assert again == whole  # as if never interrupted
+    assert pictures() == whole  # as if never interrupted
 
 
-def test_a_damaged_store_costs_the_pictures_only(pictures: Pictures, folder: Path) -> None:
+def test_of_several_batches_the_finished_latents_are_whole(pictures: Pictures, folder: Path) -> None:
+    def interrupt(now: Any) -> None:
+        if now.done == 20:  # latent 0 took 18
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pictures(progress=interrupt, max_batch=1)
+    assert (folder / "cam/latent-00000.png").exists()
+    calls: list[Any] = []
+    pictures(progress=calls.append, max_batch=1)
+    assert calls[-1].total == 18
+
+
+@pytest.mark.parametrize("damage", ["json", "npz"])
+def test_damage_costs_the_damaged_pictures_only(pictures: Pictures, folder: Path, damage: str) -> None:
     whole = pictures()
-    (folder / "cam/pictures.json").write_text("{")
+    (folder / f"cam/latent-00003.{damage}").write_bytes(b"{")
     (folder / "cam/cam.json").unlink()
-    assert pictures() == whole
+    calls: list[Any] = []
+    again = pictures(progress=calls.append)
+    assert calls[-1].total == 18
+    assert again["cards"][0] == whole["cards"][0]
+    for (_, before), (_, after) in zip(made(whole), made(again), strict=True):  # alone in its batch: other rounding
+        assert before["scores"]["a/2"]["z_pre"] == pytest.approx(after["scores"]["a/2"]["z_pre"], rel=1e-3)
+
+
+def test_a_dead_latent_is_named_before_any_picture_is_made(pictures: Pictures, folder: Path) -> None:
+    usae = up.USAE.load(folder / "usae.safetensors")
+    with torch.no_grad():
+        for bias in usae.b_enc:
+            bias[7] = -1e4
+    usae.save(folder / "usae.safetensors")
+    lines = (folder / "latents.csv").read_text().splitlines()
+    category = lines[0].split(",").index("category")
+    cells = lines[8].split(",")
+    cells[category] = "dead"
+    (folder / "latents.csv").write_text("\n".join([*lines[:8], ",".join(cells), *lines[9:]]) + "\n")
+    stage = CamStage(RunConfig.from_dict(CONFIG | {"cam": CAM | {"latents": "0,7"}}, base=folder.parent), folder)
+    with ExitStack() as closing, pytest.raises(NoLatentsError, match="latent 7 is dead: none of 60 images fires it"):
+        stage.do(usae, up.ActivationBuffer(folder / "buffer"), attach_all(stage.config, closing), lambda _: None)
+    assert not list((folder / "cam").glob("*"))
 
 
 def test_the_folder_alone_says_how_to_go_on(pictures: Pictures, folder: Path) -> None:
@@ -194,12 +265,17 @@ def test_latents_are_chosen_by_energy_or_number(tmp_path: Path) -> None:
     assert choose_latents("top:2", folder) == [2, 3]
     assert choose_latents("factors:8", folder) == [5, 3, 0]
     assert choose_latents("4, 1,4", folder) == [4, 1]
-    assert followed_labels(folder) == {0: "colour = red", 3: "shape = star", 5: "shape = ring"}
+    assert choose_latents("specific:4", folder) == [1]
+    labels = {latent: known.label for latent, known in enumerate(known_of_latents(folder)) if known.label}
+    assert labels == {0: "colour = red", 3: "shape = star", 5: "shape = ring"}
+    assert [known.category for known in known_of_latents(folder)] == [row[0] for row in rows]
     with pytest.raises(UsageError, match="there is no latent 6") as caught:
         choose_latents("1,6", folder)
     assert "0 to 5" in caught.value.hint
     with pytest.raises(UsageError, match=r"no latent of .* is universal: none"):
         choose_latents("top:8", table(tmp_path / "u", [("specific", "a/x", 1.0, "", 0.5)]))
+    with pytest.raises(UsageError, match=r"no latent of .* is specific: none"):
+        choose_latents("specific:8", table(tmp_path / "u", [("universal", "a/x b/y", 1.0, "", 0.5)]))
     with pytest.raises(UsageError, match="follows a label"):
         choose_latents("factors:8", table(tmp_path / "u", [("universal", "a/x b/y", 1.0, "a=b", 0.5)]))
 
@@ -236,7 +312,9 @@ def test_other_weights_are_refused(pictures: Pictures, folder: Path, monkeypatch
 def test_without_the_images_there_are_pictures_but_no_exemplars(pictures: Pictures, folder: Path) -> None:
     (folder.parent / "images.npz").unlink()
     with pytest.warns(UsaeProbeWarning, match="are left out: image source .* does not exist"):
-        assert pictures()["n_pictures"] == 4
+        cam = pictures()
+    assert len(made(cam)) == 6
+    assert cam["cards"][0]["exemplars"]["top"]  # their numbers are known
     save_drawings(folder.parent / "images.npz", draw_images(60, size=32, seed=5))
     with pytest.raises(BufferMismatchError, match=r"source\.fingerprint: \w+… on disk, \w+… now"):
         pictures(latents="1")

@@ -15,7 +15,7 @@ from ..probes import Exemplars, finite, jsonable
 from ..probes.cam import RULE, CamPicture, Verdict
 from .page import Page, Picture
 from .sheet import BAD
-from .style import cycle, number, percent, save, short
+from .style import cycle, number, percent, save, short, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +28,8 @@ _CAPTION = (
     "Where: the latent's activation by place, or for a site with one row per image gradient × input (positive part of "
     "its average over an eighth of the side); of each map its own maximum is 1. Curves: activation of the transformed "
     "picture in natural standard deviations (σ) above the natural mean; dashed: the strongest image of each model. In "
-    "the table: percentile among all natural activations; share of control latents, which fire about as often, that the "
-    "picture drives less far; + where the latent is among the selected ones. "
+    "the table: percentile among all natural activations; share of control latents, which fire about as often, that "
+    "the picture drives less far; + where the latent is among the selected ones. "
 )
 
 
@@ -192,7 +192,7 @@ def _images(plan: _Plan, row: _Row, sites: Mapping[str, CardSite]) -> None:
     plan.text(_LEFT / 2, row.top + _IMAGE / 2, row.name, fontsize=8, **style)
     for i, (site, found) in enumerate(sites.items()):
         images: Sequence[CardImage] = getattr(found, row.kind)
-        if not images:
+        if not images and not row.heat:
             none = "no image fires it here" if row.kind == "top" else "none"
             plan.text(plan.x(i) + 0.1, row.top + _IMAGE / 2, none, fontsize=8, color="0.45", va="center")
         for j, image in enumerate(images):
@@ -251,7 +251,14 @@ def _table(plan: _Plan, card: Card) -> None:
     for picture in card.pictures:
         y += 0.2
         of = "" if picture.mode == "joint" else f" {picture.sites[0].partition('/')[0]}"
-        plan.text(0.15, y, f"{picture.mode}{of}", fontsize=8, va="center", color=BAD if picture.failed else "0.1")
+        plan.text(
+            0.15,
+            y,
+            shortened(f"{picture.mode}{of}", 24),
+            fontsize=8,
+            va="center",
+            color=BAD if picture.failed else "0.1",
+        )
         for i, site in enumerate(card.sites):
             own = site in picture.sites
             style: dict[str, Any] = {"fontsize": 8, "va": "center", "fontweight": "bold" if own else "normal"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .page import Page, Picture
-from .style import cycle, save
+from .style import cycle, save, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,7 +192,7 @@ def _legend(plan: _Plan) -> None:
 
     room = int((plan.width - 0.8) / 0.062)
     entries = [
-        Line2D([], [], color=colour, label=_shortened(site, room))
+        Line2D([], [], color=colour, label=shortened(site, room))
         for colour, site in zip(cycle(len(plan.curved)), plan.curved, strict=True)
     ]
     entries.append(Line2D([], [], color="0.3", linewidth=0.9, linestyle="--", label=_STRONGEST))
@@ -209,8 +209,3 @@ def _legend(plan: _Plan) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _shortened(name: str, room: int) -> str:
-    """Leave out the middle of a name that is too long (the full one stands at its rows)."""
-    return name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) - (room - room // 2 - 1) :]}"

@@ -128,6 +128,15 @@ def folded(name: str, line: int = _LINE) -> str:
     return plain("\n".join(lines))
 
 
+def shortened(name: str, room: int) -> str:
+    """Leave out the middle of a name that is too long.
+
+    >>> shortened("vit/blocks.8@mean", 9)
+    'vit/…mean'
+    """
+    return name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) - (room - room // 2 - 1) :]}"
+
+
 def number(value: float, digits: int = 3) -> str:
     """Spell a number with a real minus; – where there is none.
 
