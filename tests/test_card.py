@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import AxesImage
 from PIL import Image
 
 from usae_probe.files import json_text
@@ -68,6 +69,10 @@ def texts(page: Page) -> list[str]:
     return [text.get_text() for text in page.figure.texts if text.get_text()]
 
 
+def shown(page: Page) -> dict[str, AxesImage]:
+    return {str(image.get_label()): image for axes in page.figure.axes for image in axes.images}
+
+
 def assert_tidy(page: Page) -> None:
     renderer = FigureCanvasAgg(page.figure).get_renderer()
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in page.figure.texts if text.get_text()]
@@ -78,15 +83,14 @@ def assert_tidy(page: Page) -> None:
         assert box.y1 <= page.figure.bbox.height, name
     for (name, box), (other, other_box) in combinations(boxes, 2):
         assert not box.overlaps(other_box), (name, other)
-    for axes in page.figure.axes:
-        assert axes.get_window_extent(renderer).x1 <= page.figure.bbox.width
+    frames = [(name, image.get_window_extent(renderer)) for name, image in shown(page).items() if "heat" not in name]
+    frames += [(str(a.get_label()), a.get_tightbbox(renderer)) for a in page.figure.axes if a.get_label() != "pictures"]
+    for label, frame in frames:
+        assert frame.x1 <= page.figure.bbox.width
         for name, box in boxes:
-            assert not box.overlaps(axes.get_window_extent(renderer)), (name, axes.get_label())
-    frames = [axes.get_tightbbox(renderer) for axes in page.figure.axes]
-    for one, other_frame in combinations(frames, 2):
-        assert one is not None
-        assert other_frame is not None
-        assert not one.overlaps(other_frame)
+            assert not box.overlaps(frame), (name, label)
+    for (label, frame), (other, other_frame) in combinations(frames, 2):
+        assert not frame.overlaps(other_frame), (label, other)
 
 
 LONG = ("efficientnet_lite/blocks.10.3.conv_pwl@mean", "vit_small_patch14_dinov2/blocks.10.norm1", "r/layer4")
@@ -101,10 +105,11 @@ def test_nothing_overlaps_or_is_cut(sites: tuple[str, ...], n: int) -> None:
 
 def test_what_a_card_shows() -> None:
     page = _card(card())
-    names = [str(axes.get_label()) for axes in page.figure.axes]
+    names = [*shown(page), *(str(axes.get_label()) for axes in page.figure.axes)]
     for site in SITES:
         for row in ("strongest", "where", "only here", "across its\nactivation"):
             assert sum(name.startswith(f"{row} {site}") for name in names) == 4
+        assert sum(name.startswith(f"heat of where {site}") for name in names) == 4
         assert f"cam independent {site}" in names
         assert f"curves independent {site}" in names
     assert names.count(f"cam joint {SITES[0]}") == 1
@@ -143,7 +148,7 @@ def test_a_site_that_no_image_fires_and_a_run_without_images() -> None:
     one = replace(card(), sites={SITES[0]: card().sites[SITES[0]], SITES[1]: CardSite(strongest=2.0)})
     assert texts(_card(one)).count("no image fires it here") == 1
     without = _card(replace(card(), sites={site: CardSite(strongest=3.0) for site in SITES}))
-    assert not any(str(axes.get_label()).startswith(("strongest", "only", "across")) for axes in without.figure.axes)
+    assert not any(name.startswith(("strongest", "only", "across")) for name in shown(without))
     assert_tidy(without)
 
 

@@ -95,13 +95,13 @@ def test_every_picture_is_what_its_record_says(pictures: Pictures, folder: Path)
 
 
 def test_counts_are_those_of_the_pictures(pictures: Pictures) -> None:
-    cam = pictures(latents=",".join(map(str, range(16))), modes=["independent", "joint", "contrast"])
+    cam = pictures(latents="0,2,3,5,8,13", modes=["independent", "joint", "contrast"])
     for mode, counts in cam["modes_counted"].items():
         of_mode = [picture for _, picture in made(cam) if picture["mode"] == mode]
         findings = [picture for picture in of_mode if not picture["failed"]]
-        assert counts["pictures"] == len(of_mode) == (16 if mode == "joint" else 32)
+        assert counts["pictures"] == len(of_mode) == (6 if mode == "joint" else 12)
         assert counts["findings"] == len(findings)
-    assert sum(cam["verdicts"].values()) == 16
+    assert sum(cam["verdicts"].values()) == 6
     for card in cam["cards"]:
         for record in (record for record in card["pictures"] if record["mode"] == "independent"):
             own = record["scores"][record["sites"][0]]

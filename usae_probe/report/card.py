@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -16,9 +16,6 @@ from ..probes.cam import RULE, CamPicture, Verdict
 from .page import Page, Picture
 from .sheet import BAD
 from .style import cycle, number, percent, save, short, shortened
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LEFT, _GAP, _IMAGE, _CAM = 1.0, 0.06, 1.0, 2.0
 _BETWEEN = 0.4
@@ -197,21 +194,24 @@ def _images(plan: _Plan, row: _Row, sites: Mapping[str, CardSite]) -> None:
             plan.text(plan.x(i) + 0.1, row.top + _IMAGE / 2, none, fontsize=8, color="0.45", va="center")
         for j, image in enumerate(images):
             x = plan.x(i) + j * (_IMAGE + _GAP)
-            axes = plan.picture(f"{row.name} {site} {j}", x, row.top, _IMAGE, image.picture)
+            name = f"{row.name} {site} {j}"
             if row.heat and image.heat is not None:
-                _overlay(axes, image.heat, image.picture)
+                _hot(plan, name, x, row.top, image.picture, image.heat)
+            else:
+                plan.picture(name, x, row.top, _IMAGE, image.picture)
             if not row.heat:
                 plan.text(x + _IMAGE / 2, row.top + _IMAGE + 0.09, image.text, fontsize=7, **style)
 
 
-def _overlay(axes: Axes, heat: Float[np.ndarray, "_ _"], picture: Picture) -> None:
-    """Lay the positive part of a map over a picture: what is not hot is dark and grey."""
-    grey = picture.mean(axis=2)
+def _hot(plan: _Plan, name: str, x: float, y: float, picture: Picture, heat: Float[np.ndarray, "_ _"]) -> None:
+    """Show a picture darkened and grey, and over it the positive part of a map."""
+    grey = np.repeat((0.55 * picture.mean(axis=2))[..., None], 3, axis=2).astype(np.uint8)
+    shown = plan.picture(name, x, y, _IMAGE, grey)
     hot = np.clip(heat, 0, None)
     hot = hot / hot.max() if hot.max() > 0 else hot
-    extent = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
-    axes.images[0].set_data(np.repeat((0.55 * grey)[..., None], 3, axis=2).astype(np.uint8))
-    axes.imshow(hot, cmap="inferno", alpha=0.85 * hot**0.5, extent=extent, vmin=0, vmax=1, interpolation="bilinear")
+    style: dict[str, Any] = {"cmap": "inferno", "alpha": 0.85 * hot**0.5, "vmin": 0, "vmax": 1}
+    left, right, bottom, top = shown.get_extent()
+    plan.layer(f"heat of {name}", (left, right, bottom, top), hot, interpolation="bilinear", **style)
 
 
 def _pictures(plan: _Plan, row: _Row, shown: Sequence[CamPicture], sites: Mapping[str, CardSite]) -> None:
