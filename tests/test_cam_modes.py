@@ -271,11 +271,11 @@ def test_the_best_look_is_kept_and_the_curve_ends_on_a_plateau(two: World, monke
 
 def test_a_picture_at_rest_leaves_the_others_as_they_would_be(two: World) -> None:
     how: dict[str, Any] = {"buffer": two.buffer, "modes": ["independent"], "sites": ["vit/blocks.1"], "steps": 40}
-    together = maximize(two.usae, two.models, two.latents[:4], check_every=2, patience=2, **how)
+    together = maximize(two.usae, two.models, two.latents[:4], check_every=1, patience=1, **how)
     lengths = [len(p.curves["vit/blocks.1"]) for p in together]
     assert len(set(lengths)) > 1  # some did rest earlier
     for picture in together:
-        (alone,) = maximize(two.usae, two.models, [picture.latent], check_every=2, patience=2, **how)
+        (alone,) = maximize(two.usae, two.models, [picture.latent], check_every=1, patience=1, **how)
         n = min(len(alone.curves["vit/blocks.1"]), len(picture.curves["vit/blocks.1"]))
         np.testing.assert_allclose(alone.curves["vit/blocks.1"][:n], picture.curves["vit/blocks.1"][:n], atol=2e-2)
 

@@ -10,7 +10,7 @@ import pytest
 
 from usae_probe.probes import Exemplars, NaturalActivations, Overlap
 from usae_probe.probes.cam import CamPicture, CrossScore, best_restarts, judge, transfers
-from usae_probe.probes.cam.verify import Compared, failed, rate_matched
+from usae_probe.probes.cam.verify import compared, failed, rate_matched
 from usae_probe.probes.natural import SiteNatural
 
 
@@ -32,19 +32,19 @@ def test_a_comparison_by_hand() -> None:
     # latent 0: activations −1, 0, 1, 4, mean 1, sd √(14/4) ≈ 1.87083; latents 1, 2, 3 with mean 0 and sd 1
     values = np.array([[-1.0, 1, 1, 1], [0, -1, -1, -1], [1, 1, 1, 1], [4, -1, -1, -1]])
     found = natural(values, rate=np.array([0.5, 0.4, 0.01, 0.0]))
-    one = Compared.of(found, "a/x", 0, 2.0, np.array([2.0, 0.5, 0.6, 9.0]), n_controls=100)
+    one = compared(found, "a/x", 0, 2.0, np.array([2.0, 0.5, 0.6, 9.0]), n_controls=100)
     assert one.score == pytest.approx((2 - 1) / math.sqrt(3.5))
     assert (one.percentile, one.n, one.above_all) == (75.0, 4, False)
     assert one.ratio == pytest.approx((2 - 1) / (4 - 1))
     # .5345 σ is above latent 1 (.5) and not above latent 2 (.6); latent 3 never fires and is no control
     assert (one.transfer, one.n_controls) == (0.5, 2)
-    nearest = Compared.of(found, "a/x", 0, 2.0, np.array([2.0, 0.5, 0.6, 9.0]), n_controls=1)
+    nearest = compared(found, "a/x", 0, 2.0, np.array([2.0, 0.5, 0.6, 9.0]), n_controls=1)
     assert (nearest.transfer, nearest.n_controls) == (1.0, 1)  # latent 1, of rate .4, is nearer than .01
-    above = Compared.of(found, "a/x", 0, 4.01, np.zeros(4), 100)
+    above = compared(found, "a/x", 0, 4.01, np.zeros(4), 100)
     assert (above.percentile, above.above_all) == (100.0, True)
-    equal = Compared.of(found, "a/x", 0, 4.0, np.zeros(4), 100)
+    equal = compared(found, "a/x", 0, 4.0, np.zeros(4), 100)
     assert (equal.percentile, equal.above_all) == (75.0, False)  # as strong as the strongest is not above it
-    unknown = Compared.of(None, "a/x", 0, 4.0, np.zeros(4), 100)
+    unknown = compared(None, "a/x", 0, 4.0, np.zeros(4), 100)
     assert math.isnan(unknown.percentile)
     assert (unknown.n, unknown.above_all) == (0, False)
 
@@ -67,9 +67,9 @@ def test_transfer_under_the_null_is_uniform_and_finds_what_is_planted() -> None:
     null, planted = [], []
     for _ in range(400):
         drive = site.mean + site.sd * (2 + rng.normal(size=101))  # it drives everything: out of distribution
-        null.append(Compared.of(found, "a/x", 0, float(drive[0]), drive, 100).transfer)
+        null.append(compared(found, "a/x", 0, float(drive[0]), drive, 100).transfer)
         strong = float(drive[0] + 3 * site.sd[0])
-        planted.append(Compared.of(found, "a/x", 0, strong, drive, 100).transfer)
+        planted.append(compared(found, "a/x", 0, strong, drive, 100).transfer)
     assert np.mean(null) == pytest.approx(0.5, abs=0.05)
     assert np.mean(np.array(null) >= 0.9) == pytest.approx(0.1, abs=0.04)
     assert np.mean(np.array(planted) >= 0.9) > 0.9

@@ -110,6 +110,16 @@ def weights_of_a_fresh_run(base: Path, run: Runner, config: dict[str, Any]) -> U
     return weights(base, "fresh")
 
 
+def test_pictures_are_checked_against_the_rows_that_a_ring_left(base: Path, run: Runner) -> None:
+    config = changed(buffer=RING, train=TRAIN, images=IMAGES) | {"cam": {"latents": "0,3", "steps": 2}}
+    run(config)
+    cam = run(config, ("cam",)).cam
+    assert cam is not None
+    buffer = ActivationBuffer(base / "run/buffer")
+    there = sum(entry.rows for entry in buffer.shards if not entry.dropped)
+    assert 11 <= cam["n_natural"] == there < 60
+
+
 @pytest.mark.parametrize("buffer", [ONLINE, RING], ids=["store", "ring"])
 @pytest.mark.parametrize("at", [("harvest", 20), ("harvest", 40), ("train", 3)], ids=str)
 def test_a_stopped_run_goes_on_to_the_same(

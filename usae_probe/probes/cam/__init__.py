@@ -1,7 +1,9 @@
 """Coordinated Activation Maximization (CAM): pictures that maximise a latent in every model."""
 
-from .ascent import CamPicture, CamProgress, PictureKey, StepCount, Studio, iter_pictures, latent_batches, maximize
+from .ascent import iter_pictures, maximize
 from .heat import heat_maps
+from .picture import CamPicture, PictureKey
+from .studio import CamProgress, StepCount, Studio, latent_batches
 from .targets import chosen_targets
 from .verdict import JUDGEMENTS, RULE, Verdict, best_restarts, judge, transfers
 from .verify import CrossScore

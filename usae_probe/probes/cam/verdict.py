@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..exemplars import Exemplars
-from .ascent import CamPicture
+from .picture import CamPicture
 
 Judgement = Literal["same concept", "same concept, drawn differently", "different", "undecided"]
 JUDGEMENTS: tuple[Judgement, ...] = get_args(Judgement)

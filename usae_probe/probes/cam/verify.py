@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ..natural import NaturalActivations, SiteNatural
 from .targets import Target
+
+JOINT_PERCENTILE = 99.0
 
 
 class CrossScore(NamedTuple):
@@ -68,8 +70,8 @@ def cross_scores(
             usae.z_pre(usae.normalise(rows.flatten(0, 1), site), site).reshape(*rows.shape[:2], -1)
         )
         for i, latent in enumerate(latents):
-            compared = Compared.of(natural, site, latent, own[i], everything[i].double().cpu().numpy(), n_controls)
-            found[i][site] = CrossScore(own[i], z[i], selected[i], *compared)
+            z_pre = everything[i].double().cpu().numpy()
+            found[i][site] = compared(natural, site, latent, own[i], z_pre, n_controls, z[i], selected[i])
     return found
 
 
@@ -83,39 +85,36 @@ def _own_codes(
     return z.tolist(), (z > 0).tolist()
 
 
-class Compared(NamedTuple):
-    """The part of a `CrossScore` that needs natural activations."""
-
-    score: float
-    percentile: float
-    n: int
-    above_all: bool
-    ratio: float
-    transfer: float
-    n_controls: int
-
-    @classmethod
-    def of(
-        cls,
-        natural: NaturalActivations | None,
-        site: str,
-        latent: int,
-        z_pre: float,
-        all_latents: np.ndarray,
-        n_controls: int,
-    ) -> Compared:
-        """Compare; `all_latents` [n_latents] is z_pre of every latent on the same picture."""
-        if natural is None:
-            return cls(math.nan, math.nan, 0, False, math.nan, math.nan, 0)
-        found = natural.sites[site]
-        values = found.of(latent)
-        below = float((values < z_pre).mean())
-        score, largest = found.score(latent, z_pre), found.strongest(latent)
-        controls = rate_matched(found, latent, n_controls)
-        others = (all_latents[controls] - found.mean[controls]) / found.sd[controls]
-        transfer = float((others < score).mean()) if len(controls) else math.nan
-        above = bool(z_pre > values.max())
-        return cls(score, 100 * below, len(values), above, score / largest, transfer, len(controls))
+def compared(
+    natural: NaturalActivations | None,
+    site: str,
+    latent: int,
+    z_pre: float,
+    all_latents: Float[np.ndarray, " n"],
+    n_controls: int,
+    z: float = 0.0,
+    selected: bool = False,
+) -> CrossScore:
+    """Compare an activation with natural ones and with controls; `all_latents` is z_pre of every latent there."""
+    if natural is None:
+        return CrossScore(z_pre, z, selected, math.nan, math.nan, 0, False, math.nan, math.nan, 0)
+    found = natural.sites[site]
+    values = found.of(latent)
+    score, largest = found.score(latent, z_pre), found.strongest(latent)
+    controls = rate_matched(found, latent, n_controls)
+    others = (all_latents[controls] - found.mean[controls]) / found.sd[controls]
+    return CrossScore(
+        z_pre,
+        z,
+        selected,
+        score,
+        percentile=100 * float((values < z_pre).mean()),
+        n=len(values),
+        above_all=bool(z_pre > values.max()),
+        ratio=score / largest,
+        transfer=float((others < score).mean()) if len(controls) else math.nan,
+        n_controls=len(controls),
+    )
 
 
 def rate_matched(found: SiteNatural, latent: int, n: int) -> Int[np.ndarray, " controls"]:
@@ -141,6 +140,3 @@ def failed(scores: Mapping[str, CrossScore], climbed: Sequence[str], joint: bool
     if any(score.n == 0 for score in own):
         return None
     return not all(score.percentile > JOINT_PERCENTILE if joint else score.above_all for score in own)
-
-
-JOINT_PERCENTILE = 99.0
