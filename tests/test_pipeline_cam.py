@@ -128,6 +128,7 @@ def test_a_second_call_keeps_all_and_other_latents_and_modes_only_add(pictures: 
     assert (calls[-1].done, calls[-1].total) == (18, 18)  # one latent; two sites and both together; six steps
     contrast = pictures(modes=["contrast"])
     assert {picture["mode"] for _, picture in made(contrast)} == {"contrast"}
+    assert pictures(modes=["joint"])["sheets"] == ["cam/sheet.png"]  # a sheet of one row
     calls.clear()
     assert pictures(progress=calls.append) == first  # they were kept meanwhile
     assert not calls

@@ -95,19 +95,21 @@ class CamStage:
 
     def _sheets(self, maker: CardMaker, cards: Sequence[Card]) -> list[str]:
         """Draw sheets of up to eight latents; return their paths from the run folder."""
-        rows = [*maker.sites, *(["joint"] if any(card.joint for card in cards) else [])]
-        parts = [cards[start : start + SHEET_COLUMNS] for start in range(0, len(cards), SHEET_COLUMNS)]
+        columns = [sheet_column(card) for card in cards]
+        rows = [row for row in (*maker.sites, "joint") if any(row in column.cells for column in columns)]
+        parts = [columns[start : start + SHEET_COLUMNS] for start in range(0, len(columns), SHEET_COLUMNS)]
         names = ["cam/sheet.png"] if len(parts) == 1 else [f"cam/sheet-{i}.png" for i in range(1, len(parts) + 1)]
         for old in (self.folder / "cam").glob("sheet*.png"):
             old.unlink()
         for name, part in zip(names, parts, strict=True):
-            cam_sheet([sheet_column(card) for card in part], rows, self.folder / name)
+            cam_sheet(part, rows, self.folder / name)
         return names
 
     def _made_from(self, models: Sequence[HookedModel]) -> dict[str, Any]:
         return {
             "usae": sha256(self.folder / "usae.safetensors"),
-            "settings": self.config.cam.model_dump(exclude=_WITHOUT_EFFECT),
+            # Those that are not the default: a key that a later version brings then leaves the pictures there are.
+            "settings": self.config.cam.model_dump(exclude=_WITHOUT_EFFECT, exclude_defaults=True),
             "sites": list(self.config.probes.sites or []),
             "weights": {model.name: model.weights_hash for model in models},
         }
