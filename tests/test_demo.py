@@ -73,6 +73,22 @@ def test_same_script_and_seed_make_the_same_weights(script: ModuleType, tmp_path
     assert json.loads((tmp_path / "two/networks.json").read_text())["vit"]["seed"] == 4
 
 
+def test_hardening_starts_from_the_plain_weights_and_changes_pictures_for_the_worst(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    few = {"steps": 2, "n_train": 160, "n_held_out": 8, "seed": 3}
+    for out, how in (("both", {}), ("plain", {}), ("after", {"plain": tmp_path / "plain"})):
+        script.main("resnet", tmp_path / out, hardened=out != "plain", **how, **few)
+    both, plain, after = ((tmp_path / out / "resnet.safetensors").read_bytes() for out in ("both", "plain", "after"))
+    assert both == after != plain
+    clean = torch.rand(4, 3, 8, 8)
+    direction = torch.randn(3, 8, 8)
+    change = script.worst_change(clean, lambda p: (p * direction).sum(), 0.5, torch.Generator().manual_seed(0))
+    norms = change.flatten(1).norm(dim=1)
+    assert (norms <= 0.5 + 1e-6).all()
+    assert ((change * direction).sum(dim=(1, 2, 3)) > 0.9 * 0.5 * direction.norm()).all()  # nearly along the gradient
+
+
 def test_what_the_script_records_is_true_of_the_rounded_weights(script: ModuleType, tmp_path: Path) -> None:
     script.main("resnet", tmp_path, steps=3, n_train=160, n_held_out=50, seed=0)
     model = script.build(demo_config(Path()).models["resnet"], seed=9)
