@@ -18,6 +18,7 @@ from usae_probe import Run, RunConfig
 from usae_probe.demo import draw_images, save_drawings
 from usae_probe.errors import BufferMismatchError, ConfigError, NoLatentsError, UsaeProbeWarning, UsageError
 from usae_probe.pipeline import RunRecord
+from usae_probe.pipeline import pictures as stage
 from usae_probe.pipeline.latents import choose_latents, known_of_latents
 from usae_probe.pipeline.models import attach_all
 from usae_probe.pipeline.pictures import CamStage
@@ -29,6 +30,14 @@ CAM = {"latents": "0,3", "steps": 6, "exemplars": 2}
 
 Pictures = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards and sheets have tests of their own; here one test draws them."""
+    if request.node.name != "test_every_picture_is_what_its_record_says":
+        monkeypatch.setattr(stage, "latent_card", lambda _, path: path.touch())
+        monkeypatch.setattr(stage, "cam_sheet", lambda _columns, _rows, path: path.touch())
 
 
 @pytest.fixture
@@ -127,6 +136,7 @@ def test_a_second_call_keeps_all_and_other_latents_and_modes_only_add(pictures: 
     assert [card for card in more["cards"] if card["latent"] in (0, 3)] == first["cards"][::-1]
     assert (calls[-1].done, calls[-1].total) == (18, 18)  # one latent; two sites and both together; six steps
     contrast = pictures(modes=["contrast"])
+    assert [card["verdict"] for card in contrast["cards"]] == [card["verdict"] for card in first["cards"]]
     assert {picture["mode"] for _, picture in made(contrast)} == {"contrast"}
     assert pictures(modes=["joint"])["sheets"] == ["cam/sheet.png"]  # a sheet of one row
     calls.clear()

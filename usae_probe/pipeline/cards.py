@@ -39,7 +39,9 @@ class CardMaker:
         self.sites = [target.name for target in studio.targets]
 
     def card(self, latent: int, pictures: Sequence[CamPicture], natural: NaturalActivations) -> Card:
-        """Choose a latent's images, judge it, and put its card together; of the pictures those asked for now."""
+        """Choose a latent's images, judge it by all pictures there are, and put its card together; it shows those asked
+        for now.
+        """
         asked = [picture for key in self.studio.keys for picture in pictures if picture.key == key]
         n, seed = self.studio.config.exemplars, self.studio.config.seed
         exemplars = find_exemplars(natural, latent, source=self.source, n=n, seed=seed)
@@ -57,7 +59,7 @@ class CardMaker:
             sites,
             best_restarts(asked),
             exemplars,
-            judge(exemplars, asked),
+            judge(exemplars, pictures),
             natural.n,
             natural.unit,
         )
