@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from usae_probe import ActivationBuffer, HookedModel, Run, RunConfig, attach, harvest, train
 from usae_probe.errors import ImageError, SiteError, UsaeProbeWarning
 from usae_probe.harvesting import HarvestProgress, common_grid
-from usae_probe.probes import find_exemplars
+from usae_probe.probes import find_exemplars, natural_activations
 from usae_probe.probes.cam import maximize
 from usae_probe.usae import USAE
 
@@ -321,11 +321,11 @@ def redness(site: str, other: str, grid: tuple[int, int] | None = None) -> USAE:
 
 def test_an_exemplar_is_an_image_with_its_best_place(tmp_path: Path) -> None:
     buffer = harvest([coarse(), tokens()], checkers(), tmp_path / "acts", dtype="float32")
-    found = find_exemplars(redness("coarse/squares@patch", "tokens/tokens@patch"), buffer, [0], n=3)
+    natural = natural_activations(redness("coarse/squares@patch", "tokens/tokens@patch"), buffer, [0])
     levels = colours() / 255 - 0.5
     selected = np.where(levels[..., 0] > levels[..., 1], levels[..., 0], 0)  # k = 1: the larger of red and green
     best = selected.reshape(N_IMAGES, 16).max(1)
-    exemplars = found[0]["coarse/squares@patch"].exemplars
+    exemplars = find_exemplars(natural, 0, n=3).top["coarse/squares@patch"]
     assert [e.value for e in exemplars] == pytest.approx(sorted(best, reverse=True)[:3], abs=1e-5)
     assert len({e.image for e in exemplars}) == 3
 
@@ -334,14 +334,14 @@ def test_the_centre_is_climbed_and_measured() -> None:
     site, other = "coarse/squares@patch", "tokens/tokens@patch"
     usae = redness(site, other, GRID)
     for model in (coarse(), tokens()):
-        (picture,) = maximize(usae, [model], [0], steps=40, lr=0.2, shift=0, scale=0)
+        (picture,) = maximize(usae, [model], [0], steps=40, lr=0.2, shift=0.0, scale=0.0, rotation=0.0)
         red = picture.pixels[..., 0].reshape(4, 16, 4, 16).mean(axis=(1, 3)) / 255
         assert np.unravel_index(red.argmax(), red.shape) == (2, 2)  # of four rows the lower of the middle ones
         assert red[2, 2] > red.min() + 0.2
         rows = model.rows(model.preprocess([torch.from_numpy(picture.pixels).permute(2, 0, 1)]), grid=GRID)
-        centre = rows[picture.site][2 * 4 + 2]
-        assert picture.z_pre == pytest.approx(float(centre[0]) - 0.5, abs=1e-5)
-    assert picture.z == pytest.approx(picture.z_pre)
+        centre = rows[picture.sites[0]][2 * 4 + 2]
+        assert picture.own.z_pre == pytest.approx(float(centre[0]) - 0.5, abs=1e-5)
+    assert picture.own.z == pytest.approx(picture.own.z_pre)
 
 
 def test_the_grid_of_cam_where_the_usae_does_not_know_it() -> None:
@@ -351,8 +351,8 @@ def test_the_grid_of_cam_where_the_usae_does_not_know_it() -> None:
     def measured(models: list[HookedModel], grid: tuple[int, int], row: int) -> None:
         picture = maximize(usae, models, [0], steps=1)[-1]
         pixels = torch.from_numpy(picture.pixels).permute(2, 0, 1)
-        rows = models[-1].rows(models[-1].preprocess([pixels]), grid=grid)[picture.site]
-        assert picture.z_pre == pytest.approx(float(rows[row][0]) - 0.5, abs=1e-5)
+        rows = models[-1].rows(models[-1].preprocess([pixels]), grid=grid)[picture.sites[0]]
+        assert picture.own.z_pre == pytest.approx(float(rows[row][0]) - 0.5, abs=1e-5)
 
     measured(both, (4, 4), 10)  # the coarsest of the models given
     measured(both[1:], (8, 8), 36)  # alone: its own
@@ -363,7 +363,7 @@ def test_the_centre_of_all_tokens_is_behind_the_prefix_tokens() -> None:
     usae = redness("a/tokens@all", "b/x")
     (picture,) = maximize(usae, [model], [0], steps=2, lr=0.2)
     rows = model.rows(model.preprocess([torch.from_numpy(picture.pixels).permute(2, 0, 1)]))["a/tokens@all"]
-    assert picture.z_pre == pytest.approx(float(rows[1 + 10][0]) - 0.5, abs=1e-5)
+    assert picture.own.z_pre == pytest.approx(float(rows[1 + 10][0]) - 0.5, abs=1e-5)
 
 
 # --- a run ---
@@ -403,8 +403,9 @@ def test_a_whole_run_of_two_grids(tmp_path: Path) -> None:
         records = list(csv.DictReader(file))
     assert max(int(record["fires[vit/blocks.0@patch]"]) for record in records) > 18  # rows, not images
     assert result.cam is not None
-    assert result.cam["n_pictures"] == 4
-    assert {picture["site"] for picture in result.cam["pictures"]} == set(sites)
+    pictures = [picture for card in result.cam["cards"] for picture in card["pictures"]]
+    assert [picture["sites"] for picture in pictures] == 2 * [sites[:1], sites[1:], sites]
+    assert (result.cam["n_natural"], result.cam["unit"]) == (60 * 16, "rows")  # of all places
     assert json.loads((tmp_path / "run/usae.json").read_text())["grid"] == [4, 4]
     assert all(stage.kept for stage in Run(config, tmp_path / "run").run().stages)
 

@@ -30,7 +30,8 @@ def cam_seconds(usae: up.USAE, model: up.HookedModel, batch: int, steps: int) ->
         usae,
         [model],
         range(batch),
-        batch_size=batch,
+        max_batch=batch,
+        check_every=steps + 1,
         steps=steps + 1,
         progress=lambda _: moments.append(time.perf_counter()),
     )
