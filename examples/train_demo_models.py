@@ -100,58 +100,47 @@ def batches(n: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarr
         yield chosen
 
 
-def train(model: nn.Module, drawings: Drawings, recipe: Recipe, *, seed: int) -> Iterator[float]:
-    """Train in place; yield the loss of every step."""
-    lr, batch_size, steps = recipe
-    prepare = preprocessing(model)
-    targets = {name: torch.from_numpy(values) for name, values in drawings.factors.items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda t: min((t + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * t / steps)))
-    )
-    model.train()
-    for chosen in batches(len(drawings.images), batch_size, steps, seed):
-        heads = logits_by_factor(model, prepare(pictures(drawings, chosen)))
-        loss = torch.stack([F.cross_entropy(heads[name], targets[name][chosen]) for name in HEADS]).sum()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        yield loss.item()
+def train(model: nn.Module, drawings: Drawings, recipe: Recipe, *, seed: int, radius: float = 0.0) -> Iterator[float]:
+    """Train in place; yield the loss of every step.
 
-
-def harden(model: nn.Module, drawings: Drawings, recipe: Recipe, *, seed: int) -> Iterator[float]:
-    """Train on pictures that are changed for the worst, in place; yield the loss of every step.
-
-    The radius grows to `RADIUS` over the first third of the steps.
+    With a `radius`, to which it grows over the first third of the steps, on pictures that are changed for the worst.
     """
     lr, batch_size, steps = recipe
     prepare = preprocessing(model)
     targets = {name: torch.from_numpy(values) for name, values in drawings.factors.items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    warm_up = 20 if radius else max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda t: min((t + 1) / 20, 0.5 * (1 + math.cos(math.pi * t / steps)))
+        optimiser, lambda t: min((t + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * t / steps)))
     )
     generator = torch.Generator().manual_seed(seed)
+    model.train()
     for step, chosen in enumerate(batches(len(drawings.images), batch_size, steps, seed), start=1):
-        clean = pictures(drawings, chosen).float() / 255
 
         def loss_of(shown: Tensor, chosen: np.ndarray = chosen) -> Tensor:
-            heads = logits_by_factor(model, prepare(shown.clamp(0, 1)))
+            heads = logits_by_factor(model, prepare(shown))
             return torch.stack([F.cross_entropy(heads[name], targets[name][chosen]) for name in HEADS]).sum()
 
-        model.eval()
-        change = worst_change(clean, loss_of, RADIUS * min(1.0, 3 * step / steps), generator)
-        model.train()
-        loss = loss_of(clean + change)
+        shown = pictures(drawings, chosen)
+        if radius:
+            model.eval()
+            shown = changed_for_the_worst(shown.float() / 255, loss_of, radius * min(1.0, 3 * step / steps), generator)
+            model.train()
+        loss = loss_of(shown)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         yield loss.item()
+
+
+def changed_for_the_worst(
+    clean: Tensor, loss_of: Callable[[Tensor], Tensor], radius: float, generator: torch.Generator
+) -> Tensor:
+    """Change pictures in [0, 1] by what `worst_change` finds; they stay pictures."""
+    change = worst_change(clean, lambda shown: loss_of(shown.clamp(0, 1)), radius, generator)
+    return (clean + change).clamp(0, 1)
 
 
 def worst_change(
@@ -187,8 +176,13 @@ def accuracy(model: nn.Module, drawings: Drawings) -> dict[str, float]:
 def round_weights(model: nn.Module) -> dict[str, Tensor]:
     """Round all floating weights to float16, in the network too; return them as they are stored."""
     stored = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
+    load(model, stored)
     return stored
+
+
+def load(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Give a network weights as they are stored."""
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
 
 
 def write(out: Path, name: str, stored: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -239,10 +233,14 @@ def main(
             follow(console, f"{name}, plain", recipe.steps, train(model, drawings, recipe, seed=seed))
             round_weights(model)
         else:
-            stored = load_file(plain / f"{name}.safetensors")
-            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
+            load(model, load_file(plain / f"{name}.safetensors"))
         if hardened:
-            follow(console, f"{name}, hardened", hardening.steps, harden(model, drawings, hardening, seed=seed))
+            follow(
+                console,
+                f"{name}, hardened",
+                hardening.steps,
+                train(model, drawings, hardening, seed=seed, radius=RADIUS),
+            )
         stored = round_weights(model)
         found = accuracy(model, held_out)
         parameters = sum(p.numel() for p in model.parameters())

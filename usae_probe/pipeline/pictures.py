@@ -88,7 +88,7 @@ class CamStage:
             for latent in batch:
                 card = maker.card(latent, kept[latent], natural)
                 latent_card(card, shelf.card(latent))
-                shelf.save(latent, kept[latent], card.to_dict())
+                shelf.describe(latent, kept[latent], card.to_dict())
                 cards.append(card)
         sheets = self._sheets(maker, cards)
         write_json(self.result, self._result(studio, shelf, cards, sheets))

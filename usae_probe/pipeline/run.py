@@ -257,11 +257,8 @@ class Run:
         }
         images: dict[str, Any] = {"source": self.config.images.source}
         images |= {split: buffer.n_images(split) for split in SPLITS}
-        cam: dict[str, Any] | None = None
-        if result.cam is not None:
-            cam = result.cam
         usae = self.config.usae
-        return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": cam}
+        return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": result.cam}
 
     def buffer(self) -> ActivationBuffer:
         """Open the run's buffer."""

@@ -41,20 +41,18 @@ class Shelf:
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return []
 
-    def save(self, latent: int, pictures: Sequence[CamPicture], card: Mapping[str, Any] | None = None) -> None:
-        """Replace what there is of a latent: pixels first, so that the JSON never speaks of what is not there.
-
-        Args:
-            latent: its number.
-            pictures: all of it.
-            card: what else is known, once all pictures are there.
-        """
+    def save(self, latent: int, pictures: Sequence[CamPicture]) -> None:
+        """Replace all pictures of a latent: pixels first, so that the JSON never speaks of what is not there."""
         arrays: dict[str, list[np.ndarray]] = {}
         for picture in pictures:
             arrays.setdefault(array_name(picture.key), []).append(picture.pixels)
         with replacing(self.npz(latent)) as temporary, temporary.open("wb") as file:
             named: dict[str, Any] = {name: np.stack(parts) for name, parts in arrays.items()}
             np.savez_compressed(file, **named)
+        self.describe(latent, pictures)
+
+    def describe(self, latent: int, pictures: Sequence[CamPicture], card: Mapping[str, Any] | None = None) -> None:
+        """Replace the JSON of a latent whose pixels are there; `card` is what else is known, in the end."""
         write_json(self.json(latent), self.record(latent, pictures, card))
 
     def record(

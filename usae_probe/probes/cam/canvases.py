@@ -12,7 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .fourier import LARGEST_COLUMN, Picture, Pictures, colours, from_picture, mixed, start_spectrum, to_pictures
+from .fourier import (
+    LARGEST_COLUMN,
+    Picture,
+    Pictures,
+    colours,
+    frequencies,
+    from_picture,
+    mixed,
+    start_spectrum,
+    to_pictures,
+)
 
 _EDGE = 1 / 512  # half a level: black and white are no infinite logits
 
@@ -139,9 +149,7 @@ def natural_law(size: tuple[int, int]) -> Float[Tensor, "3 h f"]:
     the logits, so each decorrelated colour has a standard deviation of 4 times the largest column norm.
     """
     height, width = size
-    down = torch.fft.fftfreq(height, dtype=torch.float64)
-    across = torch.fft.rfftfreq(width, dtype=torch.float64)
-    frequency = torch.hypot(down[:, None], across)
+    frequency = frequencies(size, torch.zeros((), dtype=torch.float64))
     law = torch.where(frequency > 0, 1 / frequency.clamp_min(1e-12), 0.0)
     twice = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)  # a half plane stands for both
     twice[0] = 1.0

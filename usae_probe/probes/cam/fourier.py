@@ -94,7 +94,11 @@ def to_levels(pictures: Pictures) -> UInt8[Tensor, "b 3 h w"]:
 
 def _spectrum_scale(size: tuple[int, int], like: Tensor) -> Float[Tensor, "h f"]:
     """1 / max(|ν|, 1 / max(h, w)): natural pictures have amplitudes that fall with the frequency like this."""
-    height, width = size
-    down = torch.fft.fftfreq(height, dtype=like.dtype, device=like.device)
-    across = torch.fft.rfftfreq(width, dtype=like.dtype, device=like.device)
-    return 1 / torch.hypot(down[:, None], across).clamp_min(1 / max(height, width))
+    return 1 / frequencies(size, like).clamp_min(1 / max(size))
+
+
+def frequencies(size: tuple[int, int], like: Tensor) -> Float[Tensor, "h f"]:
+    """Return |ν| in cycles per pixel of every coefficient of a picture's half plane, in a tensor's dtype and device."""
+    down = torch.fft.fftfreq(size[0], dtype=like.dtype, device=like.device)
+    across = torch.fft.rfftfreq(size[1], dtype=like.dtype, device=like.device)
+    return torch.hypot(down[:, None], across)

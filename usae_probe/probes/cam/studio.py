@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -144,7 +145,7 @@ class Studio:
             return job
         size = self._size(job)
         starts = {latent: self.album.start(natural, latent, job.climbed, size) for latent in latents}
-        return Job(job.mode, job.aims, job.others, wanted, tuple(starts[each.latent] for each in wanted))
+        return replace(job, starts=tuple(starts[each.latent] for each in wanted))
 
     def _size(self, job: Job) -> tuple[int, int]:
         """Return the size that the model's preprocessing does not resample; of several models the largest."""
