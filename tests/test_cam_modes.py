@@ -292,6 +292,23 @@ def test_enough_is_enough(two: World) -> None:
     assert lengths[1] < lengths[0]
 
 
+def test_a_contrast_picture_is_done_only_when_the_other_model_does_not_see_it(two: World) -> None:
+    enough, weight = 0.3, 4.0
+    how: dict[str, Any] = {"buffer": two.buffer, "modes": ["contrast"], "contrast": weight, "check_every": 2}
+    natural = natural_activations(two.usae, two.buffer, two.latents[:6])
+    early = 0
+    for picture in maximize(two.usae, two.models, two.latents[:6], enough=enough, steps=40, patience=0, **how):
+        (own,) = picture.sites
+        (other,) = set(picture.scores) - {own}
+        if len(picture.curves[own]) < 40:
+            early += 1
+            found = natural.sites[other]
+            median = found.score(picture.latent, float(np.median(found.of(picture.latent))))
+            value = picture.own.score - weight * max(0.0, picture.scores[other].score - median)
+            assert value / natural.sites[own].strongest(picture.latent) > enough - 0.05
+    assert early
+
+
 def test_restarts_differ_and_more_of_them_keep_the_earlier_ones(two: World) -> None:
     how: dict[str, Any] = {"buffer": two.buffer, "modes": ["independent"], "sites": ["vit/blocks.1"], **QUICK}
     one = maximize(two.usae, two.models, [3], **how)

@@ -50,10 +50,13 @@ class CamConfig(Table):
     softmin: float = Field(1.0, gt=0, description="temperature of the soft minimum over sites in joint pictures, in σ")
     contrast: float = Field(2.0, ge=0, description="weight of the other models in contrast pictures")
     record_every: int = Field(1, ge=1, description="the other models look at the picture every so many steps")
-    check_every: int = Field(16, ge=1, description="steps between looks at the plain picture; the best one is kept")
-    patience: int = Field(4, ge=0, description="looks in a row without 1 % of gain that end the ascent; 0: never")
+    check_every: int = Field(8, ge=1, description="steps between looks at the plain picture; the best one is kept")
+    patience: int = Field(8, ge=0, description="looks in a row without 1 % of gain that end the ascent; 0: never")
     enough: float = Field(
-        0.0, ge=0, description="end a picture's ascent once it is so many times as strong as every image; 0: never"
+        1.2,
+        ge=0,
+        description="end a picture's ascent once it is so many times as strong as the strongest image: what is added "
+        "beyond, other networks see less and less of; 0: never",
     )
     controls: int = Field(100, ge=1, description="latents of like rates that a picture's activation is compared with")
     exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")

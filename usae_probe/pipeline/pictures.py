@@ -72,7 +72,9 @@ class CamStage:
         sites = one_site_per_model(usae.sites, self.config.probes.sites)
         source = same_source(self.config, buffer)
         given = [model for model in models if model.name in {model_of(site) for site in sites}]
-        studio = Studio(chosen_targets(usae, given, sites, self.config.cam), self.config.cam, source)
+        targets = chosen_targets(usae, given, sites, self.config.cam)
+        usae.to(targets[0].device)
+        studio = Studio(targets, self.config.cam, source)
         shelf = Shelf(self.folder / "cam", self._made_from(given))
         kept = {latent: shelf.load(latent) for latent in latents}
         steps = StepCount(progress, self._missing_steps(studio, kept))

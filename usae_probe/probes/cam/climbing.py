@@ -104,6 +104,7 @@ class _Batch:
 
     Attributes:
         active: those that are still climbed.
+        standards: by site, of the active pictures.
     """
 
     def __init__(self, job: Job, canvas: Canvas, config: CamConfig, natural: NaturalActivations | None) -> None:
@@ -121,7 +122,8 @@ class _Batch:
         # Standardised in the dtype of the picture: in float64 for a float64 model.
         like = torch.zeros((), dtype=dtype, device=device)
         every = (*job.aims, *job.others)
-        self.standards = {target.name: Standard.of(natural, target.name, self.latents, like) for target in every}
+        self._all = {target.name: Standard.of(natural, target.name, self.latents, like) for target in every}
+        self.standards = self._all
         self.curves = {target.name: np.full((len(drawn), config.steps), np.nan) for target in every}
         self.active = list(range(len(drawn)))
         self.stopped = [config.steps] * len(drawn)
@@ -133,7 +135,7 @@ class _Batch:
 
     def see(self, pictures: Pictures, grad: bool = False) -> Seen:
         """Show the active pictures to the models that are climbed."""
-        return self.objective.see(pictures, self._active_latents(), self._standards(), grad=grad)
+        return self.objective.see(pictures, self._active_latents(), self.standards, grad=grad)
 
     def step(self, step: int) -> None:
         """Take one step with the active pictures, and write down how all models saw them before it."""
@@ -143,7 +145,7 @@ class _Batch:
         self._note(step, seen.score)
         if step % self.config.record_every == 0:
             self._watch(step, shown.detach(), latents)
-        value = self.objective.value(seen.score, self._standards())
+        value = self.objective.value(seen.score, self.standards)
         if step == 0:
             self._check_gradients(seen)
         total = (value - self.objective.penalty(plain, seen, latents).to(value)).sum()
@@ -161,22 +163,25 @@ class _Batch:
         """Look at the plain pictures: keep those that are the best so far, and let latents rest that are done."""
         if not self.active:
             return
-        seen, standards = self.see(self.pictures()), self._standards()
-        values = self.objective.value(seen.score, standards).tolist()
-        for i, value in zip(self.active, values, strict=True):
+        seen = self.see(self.pictures())
+        values = self.objective.value(seen.score, self.standards)
+        for i, value in zip(self.active, values.tolist(), strict=True):
             if step and not (np.isfinite(value) and bool(self.numbers[i].isfinite().all())):
                 raise NonFiniteError(
                     f"the ascent of latent {self.latents[i]} at {self._where()} left the finite numbers",
                     hint="lower cam.lr, or run the model in float32",
                 )
             self.best[i].see(value, step, self.numbers[i])
-        ratios = [seen.score[site] / standards[site].strongest.to(seen.score[site]) for site in self.job.climbed]
+        # In every model of a joint picture; of a contrast picture with what the other models see of it taken off.
+        reached = seen.score if self.job.mode == "joint" else {self.job.climbed[0]: values}
+        ratios = [value / self.standards[site].strongest.to(value) for site, value in reached.items()]
         strong = torch.stack(ratios).amin(dim=0).tolist()
         resting = {i for i, ratio in zip(self.active, strong, strict=True) if self._may_rest(i, step, ratio)}
         going_on = {self.latents[i] for i in self.active if i not in resting}  # a latent's restarts rest together
         for i in self.active:
             self.stopped[i] = step
         self.active = [i for i in self.active if self.latents[i] in going_on]
+        self.standards = {site: standard.at(self.active) for site, standard in self._all.items()}
 
     def _may_rest(self, i: int, step: int, ratio: float) -> bool:
         """Say whether a picture is on a plateau, or strong enough."""
@@ -201,18 +206,14 @@ class _Batch:
     def _active_latents(self) -> list[int]:
         return [self.latents[i] for i in self.active]
 
-    def _standards(self) -> dict[str, Standard]:
-        return {site: standard.at(self.active) for site, standard in self.standards.items()}
-
     def _note(self, step: int, scores: dict[str, Tensor]) -> None:
         for site, score in scores.items():
             self.curves[site][self.active, step] = score.detach().cpu().numpy()
 
     @torch.no_grad()
     def _watch(self, step: int, shown: Pictures, latents: Sequence[int]) -> None:
-        standards = self._standards()
         for other in self.job.others:
-            self._note(step, {other.name: standards[other.name](other.own_z_pre(other.rows(shown), latents))})
+            self._note(step, {other.name: self.standards[other.name](other.own_z_pre(other.rows(shown), latents))})
 
     def _check_gradients(self, seen: Seen) -> None:
         """Raise where a model gives nothing to climb: the picture would stay grey, or be another model's."""

@@ -43,12 +43,12 @@ class Standard(NamedTuple):
 
     def at(self, pictures: Sequence[int]) -> Standard:
         """Return those of some of the pictures."""
-        chosen = torch.tensor(pictures, device=self.mean.device)
+        chosen = torch.tensor(pictures, dtype=torch.long, device=self.mean.device)
         return Standard(*(column[chosen] for column in self))
 
     def __call__(self, z_pre: PerPicture) -> PerPicture:
-        """Return (z_pre - mean) / sd."""
-        return (z_pre - self.mean) / self.sd
+        """Return (z_pre - mean) / sd, where the mean is: on the pictures' device."""
+        return (z_pre.to(self.mean.device) - self.mean) / self.sd
 
 
 class Seen(NamedTuple):
@@ -89,8 +89,7 @@ class Objective:
         """Run the models of all aims on one and the same pictures, each behind its own preprocessing."""
         rows = {aim.name: aim.rows(pictures, grad=grad) for aim in self.aims}
         score = {aim.name: standards[aim.name](aim.own_z_pre(rows[aim.name], latents)) for aim in self.aims}
-        device = pictures.device
-        return Seen({site: value.to(device) for site, value in score.items()}, rows)
+        return Seen(score, rows)
 
     def value(self, score: Mapping[str, PerPicture], standards: Mapping[str, Standard]) -> PerPicture:
         """Put the standardised activations of all aims together."""

@@ -1,13 +1,19 @@
 # mypy: ignore-errors
-"""The two Triton programs that the `triton` kernel's products are made of. Imported only where Triton is there."""
+"""The two Triton programs that the `triton` kernel's products are made of. Imported only where Triton is there.
+
+What checks annotations at run time (jaxtyping's import hook) must leave them alone: Triton reads a program's globals.
+"""
 
 from __future__ import annotations
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def weighted_sums(  # noqa: D103  (Triton compiles the source: what it does is said below)
     pointers, columns, values, source, out, width, stride_row, stride_column, BLOCK: tl.constexpr, TOTAL: tl.constexpr
 ):
@@ -28,6 +34,7 @@ def weighted_sums(  # noqa: D103  (Triton compiles the source: what it does is s
 
 
 @triton.jit
+@no_type_check
 def entry_products(  # noqa: D103
     rows, columns, left, right, out, entries, width, stride_left, stride_right,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr, TOTAL: tl.constexpr,
