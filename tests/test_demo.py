@@ -7,6 +7,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,8 +86,31 @@ def test_hardening_starts_from_the_plain_weights_and_changes_pictures_for_the_wo
     direction = torch.randn(3, 8, 8)
     change = script.worst_change(clean, lambda p: (p * direction).sum(), 0.5, torch.Generator().manual_seed(0))
     norms = change.flatten(1).norm(dim=1)
+    assert (norms > 0.4).all()
     assert (norms <= 0.5 + 1e-6).all()
     assert ((change * direction).sum(dim=(1, 2, 3)) > 0.9 * 0.5 * direction.norm()).all()  # nearly along the gradient
+
+
+def test_a_share_of_every_batch_stays_clean(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, shown = [], []
+
+    def blackened(clean: torch.Tensor, *_: Any) -> torch.Tensor:
+        changed.append(len(clean))
+        return torch.zeros_like(clean)
+
+    class Seen(torch.nn.Linear):
+        pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # noqa: RUF012
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shown.append(x)
+            return super().forward(x.flatten(1))
+
+    monkeypatch.setattr(script, "changed_for_the_worst", blackened)
+    recipe = script.Recipe(lr=1e-3, batch_size=8, steps=2, radius=1.0, clean=0.25)
+    drawings = draw_images(16, size=demo.SIZE, seed=1)
+    list(script.train(Seen(3 * demo.SIZE**2, 30), drawings, recipe, seed=0))
+    assert changed == [6, 6]
+    assert [(x.flatten(1).amax(dim=1) > 0).tolist() for x in shown] == [[True] * 2 + [False] * 6] * 2
 
 
 def test_what_the_script_records_is_true_of_the_rounded_weights(script: ModuleType, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Count how many CAM pictures of a run hold what they must, in their own model and in the others. Prints JSON.
 
-    python tests/benchmarks/cam_transfer.py [RUN_DIR] [--latents top:8] [--start noise] [--steps 256]
+    python tests/benchmarks/cam_transfer.py [RUN_DIR] [--latents top:8] [--start noise] [--steps 512]
 
 Without a run folder it does the demo in a temporary one. Of the best picture of every mode and model: whether it is
 above every natural image in its own model (`above_all`), above 90 % of the control latents in the others
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("run_dir", nargs="?", type=Path)
     parser.add_argument("--latents", default="top:8")
     parser.add_argument("--start", default="noise")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=512)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, one_thread():
         folder = args.run_dir or Path(temporary) / "demo"

@@ -39,7 +39,7 @@ def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"), as_json: Json = False
 ) -> None:
-    """Do it all on two small trained networks and drawn images: no network, no data, one to three minutes."""
+    """Do it all on two small trained networks and drawn images: no network, no data, two to four minutes."""
     with guard(as_json, str(out)):
         from ..demo import prepare_demo
         from ..world import one_thread

@@ -35,7 +35,7 @@ class CamConfig(Table):
     place: str = Field(
         "centre", description="of sites with several rows per image: centre, 'row,column', or mean or max over all"
     )
-    steps: int = Field(256, ge=1, description="steps of gradient ascent per picture, at most")
+    steps: int = Field(512, ge=1, description="steps of gradient ascent per picture, at most")
     lr: float = Field(0.05, gt=0, description="learning rate of Adam")
     shift: float = Field(0.06, ge=0, lt=0.5, description="random shift in every step, at most, as a share of the side")
     scale: float = Field(0.05, ge=0, lt=0.5, description="random change of scale in every step, at most")
