@@ -1,11 +1,11 @@
 """Count how many CAM pictures of a run hold what they must, in their own model and in the others. Prints JSON.
 
-    python tests/benchmarks/cam_transfer.py [RUN_DIR] [--latents top:8] [--start noise] [--steps 512]
+    python tests/benchmarks/cam_transfer.py [RUN_DIR] [--latents top:8] [--start noise] [--steps 256]
 
-Without a run folder it does the demo in a temporary one. Of the best picture of every mode and model: whether it is
-above every natural image in its own model (`above_all`), above 90 % of the control latents in the others
-(`above_controls`), and of joint pictures whether they are above the 99th percentile everywhere (`joint_99`). A latent
-counts when all its pictures do.
+What is not given is as the run's config has it. Without a run folder it does the demo in a temporary one. Of the best
+picture of every mode and model: whether it is above every natural image in its own model (`above_all`), above 90 % of the
+control latents in the others (`above_controls`), and of joint pictures whether they are above the 99th percentile
+everywhere (`joint_99`). A latent counts when all its pictures do.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", nargs="?", type=Path)
     parser.add_argument("--latents", default="top:8")
-    parser.add_argument("--start", default="noise")
-    parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--start", choices=["noise", "exemplar"])
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, one_thread():
         folder = args.run_dir or Path(temporary) / "demo"
         if args.run_dir is None:
             Run(prepare_demo(folder), folder).run(("harvest", "train", "evaluate"))
         config: RunConfig = RunRecord(folder).config()
-        how = {"latents": args.latents, "start": args.start, "steps": args.steps}
+        given = {"latents": args.latents, "start": args.start, "steps": args.steps}
+        how = config.cam.model_dump() | {key: value for key, value in given.items() if value is not None}
         changed = config.model_copy(update={"cam": type(config.cam)(**how)})
         cam = Run(changed, folder).run(("cam",)).cam or {}
     cards = [held(card) for card in cam["cards"]]

@@ -35,7 +35,7 @@ class CamConfig(Table):
     place: str = Field(
         "centre", description="of sites with several rows per image: centre, 'row,column', or mean or max over all"
     )
-    steps: int = Field(512, ge=1, description="steps of gradient ascent per picture, at most")
+    steps: int = Field(256, ge=1, description="steps of gradient ascent per picture, at most")
     lr: float = Field(0.05, gt=0, description="learning rate of Adam")
     shift: float = Field(0.06, ge=0, lt=0.5, description="random shift in every step, at most, as a share of the side")
     scale: float = Field(0.05, ge=0, lt=0.5, description="random change of scale in every step, at most")
@@ -50,13 +50,10 @@ class CamConfig(Table):
     softmin: float = Field(1.0, gt=0, description="temperature of the soft minimum over sites in joint pictures, in σ")
     contrast: float = Field(2.0, ge=0, description="weight of the other models in contrast pictures")
     record_every: int = Field(1, ge=1, description="the other models look at the picture every so many steps")
-    check_every: int = Field(8, ge=1, description="steps between looks at the plain picture; the best one is kept")
-    patience: int = Field(8, ge=0, description="looks in a row without 1 % of gain that end the ascent; 0: never")
+    check_every: int = Field(16, ge=1, description="steps between looks at the plain picture; the best one is kept")
+    patience: int = Field(4, ge=0, description="looks in a row without 1 % of gain that end the ascent; 0: never")
     enough: float = Field(
-        1.2,
-        ge=0,
-        description="end a picture's ascent once it is so many times as strong as the strongest image: what is added "
-        "beyond, other networks see less and less of; 0: never",
+        0.0, ge=0, description="end a picture's ascent once it is so many times as strong as every image; 0: never"
     )
     controls: int = Field(100, ge=1, description="latents of like rates that a picture's activation is compared with")
     exemplars: int = Field(4, ge=1, description="images of the run shown beside each picture: those that fire it most")
