@@ -3,8 +3,8 @@
     python tests/benchmarks/cam_transfer.py [RUN_DIR] [--latents top:8] [--start noise] [--steps 256]
 
 What is not given is as the run's config has it. Without a run folder it does the demo in a temporary one. Of the best
-picture of every mode and model: whether it is above every natural image in its own model (`above_all`), above 90 % of the
-control latents in the others (`above_controls`), and of joint pictures whether they are above the 99th percentile
+picture of every mode and model: whether it is above every natural image in its own model (`above_all`), above 90 % of
+the control latents in the others (`above_controls`), and of joint pictures whether they are above the 99th percentile
 everywhere (`joint_99`). A latent counts when all its pictures do.
 """
 
