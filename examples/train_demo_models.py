@@ -240,12 +240,7 @@ def main(
         else:
             load(model, load_file(plain / f"{name}.safetensors"))
         if hardened:
-            follow(
-                console,
-                f"{name}, hardened",
-                hardening.steps,
-                train(model, drawings, hardening, seed=seed),
-            )
+            follow(console, f"{name}, hardened", hardening.steps, train(model, drawings, hardening, seed=seed))
         stored = round_weights(model)
         found = accuracy(model, held_out)
         parameters = sum(p.numel() for p in model.parameters())

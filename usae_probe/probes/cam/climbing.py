@@ -174,7 +174,7 @@ class _Batch:
             self.best[i].see(value, step, self.numbers[i])
         # In every model of a joint picture; of a contrast picture with what the other models see of it taken off.
         reached = seen.score if self.job.mode == "joint" else {self.job.climbed[0]: values}
-        ratios = [value / self.standards[site].strongest.to(value) for site, value in reached.items()]
+        ratios = [value / self.standards[site].strongest for site, value in reached.items()]
         strong = torch.stack(ratios).amin(dim=0).tolist()
         resting = {i for i, ratio in zip(self.active, strong, strict=True) if self._may_rest(i, step, ratio)}
         going_on = {self.latents[i] for i in self.active if i not in resting}  # a latent's restarts rest together

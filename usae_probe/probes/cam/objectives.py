@@ -98,7 +98,7 @@ class Objective:
             return softmin(torch.stack([score[aim.name] for aim in self.aims]), self.config.softmin)
         value = score[own]
         for site in others:
-            value = value - self.config.contrast * (score[site] - standards[site].median.to(value)).relu()
+            value = value - self.config.contrast * (score[site] - standards[site].median).relu()
         return value
 
     def penalty(self, pictures: Pictures, seen: Seen, latents: Sequence[int]) -> PerPicture:
