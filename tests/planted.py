@@ -192,3 +192,24 @@ def _strengths(rng: np.random.Generator, n: int, atoms: int, active: int) -> np.
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def deep_world(seed: int, *, n: int = 2000, layers: int = 3, concepts: int = 36) -> dict[str, np.ndarray]:
+    """Draw rows of two models of several layers each, in which what is shared moves on with depth.
+
+    Concept j lives around depth p_j = j · layers / concepts, in both models: at layer l its strength is multiplied by
+    exp(−((p_j − l − ½) / .8)²). So layer l of one model is most like layer l of the other, the less the further off.
+
+    Returns:
+        {site: [n, 24]}, sites `left/0`, `left/1`, …, `right/0`, …
+    """
+    rng = np.random.default_rng((seed, 3))
+    strengths = _strengths(rng, n, concepts, 6)
+    position = np.arange(concepts) * layers / concepts
+    rows = {}
+    for model in ("left", "right"):
+        for layer in range(layers):
+            weight = np.exp(-(((position - layer - 0.5) / 0.8) ** 2))
+            atoms = _unit(rng.normal(size=(concepts, 24))) * weight[:, None]
+            rows[f"{model}/{layer}"] = (strengths @ atoms + 0.02 * rng.normal(size=(n, 24))).astype(np.float32)
+    return rows

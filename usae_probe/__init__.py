@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .pipeline import Run, Sweep
     from .probes import UniversalityReport, evaluate
     from .probes.cam import CamPicture, maximize
+    from .probes.scan import ScanReport, scan
     from .sites import Site
     from .usae import USAE, Codes, TensorBoardCallback, TrainResult, train, train_independent
     from .usae.distributed import joined
@@ -35,6 +36,7 @@ _HOMES = {
     "Preprocessing": "images",
     "Run": "pipeline",
     "RunConfig": "config",
+    "ScanReport": "probes.scan",
     "Site": "sites",
     "Sweep": "pipeline",
     "TensorBoardCallback": "usae",
@@ -48,6 +50,7 @@ _HOMES = {
     "harvest_and_train": "online",
     "joined": "usae.distributed",
     "maximize": "probes.cam",
+    "scan": "probes.scan",
     "train": "usae",
     "train_independent": "usae",
 }
@@ -61,6 +64,7 @@ __all__ = [
     "Preprocessing",
     "Run",
     "RunConfig",
+    "ScanReport",
     "Site",
     "Sweep",
     "TensorBoardCallback",
@@ -73,6 +77,7 @@ __all__ = [
     "harvest_and_train",
     "joined",
     "maximize",
+    "scan",
     "train",
     "train_independent",
 ]

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from . import buffer, models, stages, sweep
+from . import buffer, models, scan, stages, sweep
 
 app = typer.Typer(
     name="usae-probe",
@@ -27,6 +27,7 @@ for _command in (
     stages.train,
     stages.evaluate,
     sweep.sweep,
+    scan.scan,
     stages.demo,
     stages.cam,
     models.adapters,

@@ -3,7 +3,9 @@
 from .cam import CamConfig, CamMode
 from .checks import checked, settled
 from .run import RunConfig, default_of, documented_keys
+from .scan import ScanConfig, ScanStrategy
 from .tables import (
+    DEFAULT_EPOCHS,
     BufferConfig,
     ImagesConfig,
     ModelConfig,
@@ -13,6 +15,7 @@ from .tables import (
 )
 
 __all__ = [
+    "DEFAULT_EPOCHS",
     "BufferConfig",
     "CamConfig",
     "CamMode",
@@ -20,6 +23,8 @@ __all__ = [
     "ModelConfig",
     "ProbesConfig",
     "RunConfig",
+    "ScanConfig",
+    "ScanStrategy",
     "TrainConfig",
     "UsaeConfig",
     "checked",

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..sites import Site, check_model_name
 from .cam import CamConfig
 from .checks import checked, field_at
+from .scan import ScanConfig
 from .sparsities import check_used
 from .tables import (
     BufferConfig,
@@ -40,6 +41,7 @@ class RunConfig(Table):
     train: TrainConfig = TrainConfig()
     probes: ProbesConfig = ProbesConfig()
     cam: CamConfig = CamConfig()
+    scan: ScanConfig = ScanConfig()
     _base: Path = PrivateAttr(default_factory=Path.cwd)
     _file: Path | None = PrivateAttr(default=None)
 

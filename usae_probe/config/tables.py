@@ -9,6 +9,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ModelWrapValidatorH
 from .recipes import weights, with_recipe
 from .sparsities import check_matryoshka
 
+DEFAULT_EPOCHS = 100.0
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hpu|npu)(:\d+)?)$")]
 
@@ -252,7 +253,7 @@ class TrainConfig(Table):
         """Return the optimiser steps of this run, given how many one pass over the training rows takes."""
         if self.steps is not None:
             return self.steps
-        return max(1, round((self.epochs or 100) * steps_per_epoch))
+        return max(1, round((self.epochs or DEFAULT_EPOCHS) * steps_per_epoch))
 
 
 class ProbesConfig(Table):

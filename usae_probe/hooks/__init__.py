@@ -1,5 +1,6 @@
 """Hooks: live models with nnsight around them."""
 
+from .blocks import evenly, find_blocks
 from .catalogue import LayerName
 from .inspect import Call, LayerInfo, Output
 from .layout import Grid, Layout, LayoutRule, default_layout
@@ -19,6 +20,8 @@ __all__ = [
     "Point",
     "coarsest",
     "default_layout",
+    "evenly",
+    "find_blocks",
     "from_rows",
     "resample",
     "to_rows",

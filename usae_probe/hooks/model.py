@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import SiteError, UsaeProbeError
 from ..shapes import Images, Pixels
 from ..sites import Policy, Site, check_model_name
+from .blocks import find_blocks
 from .catalogue import Catalogue, LayerName, Resolved
 from .containers import tensors_in, the_element
 from .inspect import DRY_BATCH, LayerInfo, dry_run, points_of
@@ -96,6 +97,21 @@ class HookedModel:
     def layers(self) -> list[LayerInfo]:
         """List the model's layers in execution order; those that never run come last."""
         return list(self._catalogue.layers)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The model's blocks in execution order (see `find_blocks`); empty for a model that is not built of blocks."""
+        return tuple(find_blocks(self.module, self.layers()))
+
+    def relative_depth(self, site: Site) -> float:
+        """Return how deep a site's layer is: the share of the model's blocks that are complete when its output is.
+
+        In a model without blocks the share of its layers.
+        """
+        ends = {info.name: info.order for info in self.layers() if info.order is not None}
+        counted = [ends[name] for name in self.blocks] or list(ends.values())
+        here = self._catalogue.resolve(site).order
+        return sum(end <= here for end in counted) / len(counted)
 
     def expand(self, layers: Iterable[LayerName]) -> tuple[Site, ...]:
         """Resolve layer names, globs and modules to sites of this model, each once, in the given order.

@@ -8,6 +8,7 @@ from .grid import Combination, parsed_settings
 from .outcomes import Progress, RunResult, StageResult
 from .record import RunRecord, peak_memory
 from .run import Run
+from .scan import Scan, ScanPlan, ScanResult
 from .stages import MEASURING, STAGES, Stage
 from .sweep import Sweep, SweepProgress, SweepResult
 from .training import help_train
@@ -21,6 +22,9 @@ __all__ = [
     "Run",
     "RunRecord",
     "RunResult",
+    "Scan",
+    "ScanPlan",
+    "ScanResult",
     "Stage",
     "StageResult",
     "Sweep",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +49,7 @@ def linear_reference(
     eval_rows: int = EVAL_ROWS,
     folds: int = 5,
     seed: int = 0,
+    pairs: Collection[tuple[str, str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LinearReference:
     """Return R² of ridge regression with intercept from every site's rows to every other's.
@@ -66,6 +67,7 @@ def linear_reference(
         eval_rows: at most so many measured rows, spread evenly over the split.
         folds: of the cross-validation; as many as there are images, where there are fewer.
         seed: draws each image's fold.
+        pairs: (source, target) that are fitted; default: all. The others are NaN.
         progress: called with (rows done, rows in all); each source reads all rows once.
 
     Raises:
@@ -79,13 +81,17 @@ def linear_reference(
     n_train, n_eval = min(buffer.n_rows("train"), train_rows), min(buffer.n_rows(split), eval_rows)
     r2: Matrix = {source: dict.fromkeys(sites, float("nan")) for source in sites}
     penalty: Matrix = {source: dict.fromkeys(sites, float("nan")) for source in sites}
-    if len(sites) > 1:
+    targets = {
+        source: [t for t in sites if t != source and (pairs is None or (source, t) in pairs)] for source in sites
+    }
+    sources = [source for source in sites if targets[source]]
+    if sources:
         fold = _image_folds(buffer, n_train, folds, seed)
         check_rows(buffer, split)
-        varies = _m2(buffer, split, n_eval, sites)
-        done = RowProgress(progress, len(sites) * (n_train + n_eval))
-        for source in sites:
-            fit = _Fit.of(buffer, centres, source, fold, done)
+        varies = _m2(buffer, split, n_eval, list(dict.fromkeys(t for s in sources for t in targets[s])))
+        done = RowProgress(progress, len(sources) * (n_train + n_eval))
+        for source in sources:
+            fit = _Fit.of(buffer, {site: centres[site] for site in (source, *targets[source])}, source, fold, done)
             sse = _errors(fit, buffer, split, n_eval, done)
             for target in fit.penalty:
                 penalty[source][target] = fit.penalty[target]

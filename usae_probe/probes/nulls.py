@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import ProbesConfig
 from ..images import Annotation
 from ..usae import exchanged
-from .firing import Fires, FiringCounts, image_begins
+from .firing import Fires, FiringCounts, Pair, image_begins
 from .universality import CATEGORIES, classify
 
 KEPT_ROWS = 100_000
@@ -56,15 +56,17 @@ class NullCounts(NamedTuple):
 
 
 class KeptFires:
-    """The fires of the class sites on the first held-out rows, to be paired anew.
+    """The fires of some sites on the first held-out rows, to be paired anew.
 
     Args:
-        sites: the class sites.
+        sites: the class sites, say.
         n_latents: latents of the code.
+        most: rows that are kept, at most (those of a call are kept together); default: 100,000.
     """
 
-    def __init__(self, sites: Sequence[str], n_latents: int) -> None:
+    def __init__(self, sites: Sequence[str], n_latents: int, most: int | None = None) -> None:
         self.sites, self.n_latents = tuple(sites), n_latents
+        self._most = KEPT_ROWS if most is None else most
         self.n_rows = 0
         self._latents: dict[str, list[Tensor]] = {site: [] for site in self.sites}
         self._z: dict[str, list[Tensor]] = {site: [] for site in self.sites}
@@ -74,7 +76,7 @@ class KeptFires:
 
     def add(self, fires: Mapping[str, Fires], n: int, image_index: np.ndarray, token_index: np.ndarray) -> None:
         """Keep the fires of n rows of whole images, unless there are enough."""
-        if self.n_rows >= KEPT_ROWS:
+        if self.n_rows >= self._most:
             return
         for site in self.sites:
             self._latents[site].append(fires[site].latent.int())
@@ -106,20 +108,39 @@ class KeptFires:
         Returns:
             None when no rows were kept, or no pairing is asked for.
         """
-        if not self.n_rows or not thresholds.nulls or len(self.sites) < 2:
+        found: dict[str, list[int]] = {name: [] for name in CATEGORIES}
+        for tally in self.pairings(thresholds, places, labels=labels, renamed=renamed):
+            category = classify(tally, self.sites, thresholds).category
+            for name in CATEGORIES:
+                found[name].append(int((category == name).sum()))
+        if not found["universal"]:
             return None
+        n_images = len(image_begins(np.concatenate(self._images)))
+        return NullCounts(labels.name if labels else "", self.n_rows, n_images, found)
+
+    def pairings(
+        self,
+        thresholds: ProbesConfig,
+        places: int,
+        *,
+        labels: Annotation | None = None,
+        renamed: Renamed | None = None,
+        pairs: Sequence[Pair] | None = None,
+    ) -> Iterator[FiringCounts]:
+        """Yield the firing counts of images paired at random, as `nulls` counts them; `pairs` of sites: default all."""
+        if not self.n_rows or not thresholds.nulls or len(self.sites) < 2:
+            return
         images, tokens = np.concatenate(self._images), np.concatenate(self._tokens)
         begins = image_begins(images)
         counts = np.diff(begins, append=len(images))
         strata = counts if labels is None else counts + (counts.max() + 1) * (labels.values[images[begins]] + 1)
         kept = {site: _Ragged.of(self._latents[site], self._z[site], self._per_row[site]) for site in self.sites}
-        found: dict[str, list[int]] = {name: [] for name in CATEGORIES}
+        several = len(begins) < len(images)
         for number in range(max(1, min(thresholds.nulls, _ALL_ROWS // self.n_rows))):
             draw = np.random.default_rng((thresholds.seed, 3, number))
             rows = {site: _paired(draw, begins, counts, strata, moves=i > 0) for i, site in enumerate(self.sites)}
-            several = len(begins) < len(images)
             tally = FiringCounts(
-                self.sites, self.n_latents, draw=draw if several else None, places=places if several else 0
+                self.sites, self.n_latents, draw=draw if several else None, pairs=pairs, places=places if several else 0
             )
             fires: Mapping[str, Fires] = {site: kept[site].take(rows[site]) for site in self.sites}
             if renamed:
@@ -127,10 +148,7 @@ class KeptFires:
             for part in _parts(begins, len(images)):
                 of_part = {site: fires[site].between(part.start, part.stop) for site in self.sites}
                 tally.add_fires(of_part, part.stop - part.start, images[part], tokens[part])
-            category = classify(tally, self.sites, thresholds).category
-            for name in CATEGORIES:
-                found[name].append(int((category == name).sum()))
-        return NullCounts(labels.name if labels else "", self.n_rows, len(begins), found)
+            yield tally
 
 
 class _Ragged(NamedTuple):

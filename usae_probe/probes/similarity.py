@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,36 +114,73 @@ def similarity(
     Raises:
         UsageError: for k < 1 or nulls < 0 (SiteError: for an unknown site).
     """
+    sites = list(dict.fromkeys(sites))
+    pairs = list(combinations(sites, 2))
+    how: dict[str, Any] = {"split": split, "n_images": n_images, "k": k, "nulls": nulls, "seed": seed}
+    compared = pair_similarities(buffer, [(site, site) for site in sites] + pairs, **how)
+    n, found = 0, Similarity(0, k, nulls, *({a: dict.fromkeys(sites, float("nan")) for a in sites} for _ in range(4)))
+    for done, alike in enumerate(compared, start=1):
+        n = alike.n_images
+        for a, b in (alike.pair, alike.pair[::-1]):
+            found.cka[a][b], found.mutual_knn[a][b] = alike.cka, alike.mutual_knn
+            found.cka_null[a][b], found.mutual_knn_null[a][b] = alike.cka_null, alike.mutual_knn_null
+        if progress:
+            progress(done, len(sites) + len(pairs))
+    return found._replace(n_images=n, k=max(1, min(k, n - 1)))
+
+
+class PairSimilarity(NamedTuple):
+    """How alike two sites are on the same images, with the largest of shuffled pairings; see `Similarity`.
+
+    Of a site with itself the measures are 1 and there is no null.
+    """
+
+    pair: tuple[str, str]
+    n_images: int
+    cka: float
+    cka_null: float
+    mutual_knn: float
+    mutual_knn_null: float
+
+
+def pair_similarities(
+    buffer: ActivationBuffer,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    split: SplitName = "holdout",
+    n_images: int = 4096,
+    k: int = 10,
+    nulls: int = 20,
+    seed: int = 0,
+) -> Iterator[PairSimilarity]:
+    """Yield, pair by pair, what `similarity` says of two sites; which other pairs are asked for changes none of them.
+
+    Raises:
+        UsageError: for k < 1 or nulls < 0 (SiteError: for an unknown site).
+    """
     if k < 1 or nulls < 0:
         raise UsageError(f"similarity was asked for with k={k} and nulls={nulls}; k must be above 0, nulls not below")
-    sites = list(dict.fromkeys(sites))
-    rng = np.random.default_rng(seed)
+    rng, nothing = np.random.default_rng(seed), float("nan")
     rows = _one_row_per_image(buffer, split, n_images, rng)
-    n, k = len(rows), max(1, min(k, len(rows) - 1))
+    n = len(rows)
     shuffles = [rng.permutation(n) for _ in range(nulls)]
-    steps, done = len(sites) * (len(sites) + 1) // 2, 0
-    found = Similarity(n, k, nulls, *({a: dict.fromkeys(sites, float("nan")) for a in sites} for _ in range(4)))
-    if n < LEAST_IMAGES:
-        return found
     drawn: dict[str, _Drawn] = {}
-    for site in sites:
-        drawn[site] = _Drawn.of(buffer.gather(split, rows, [site]).values[site], k)
-        found.cka[site][site] = 1.0 if drawn[site].features.norm > 0 else float("nan")
-        found.mutual_knn[site][site] = _overlap(drawn[site].near, drawn[site].near)
-        done = _told(progress, done, steps)
-    for a, b in combinations(sites, 2):
-        _compare(found, (a, b), drawn[a], drawn[b], shuffles)
-        done = _told(progress, done, steps)
-    return found
-
-
-def _compare(found: Similarity, pair: tuple[str, str], x: _Drawn, y: _Drawn, shuffles: Sequence[np.ndarray]) -> None:
-    cka, knn = x.features.cka(y.features), _overlap(x.near, y.near)
-    cka_null = max((x.features.cka(y.features, order) for order in shuffles), default=float("nan"))
-    knn_null = max((_overlap(x.near, _shuffled(y.near, order)) for order in shuffles), default=float("nan"))
-    for one, other in (pair, pair[::-1]):
-        found.cka[one][other], found.cka_null[one][other] = cka, cka_null
-        found.mutual_knn[one][other], found.mutual_knn_null[one][other] = knn, knn_null
+    for pair in pairs:
+        if n < LEAST_IMAGES:
+            yield PairSimilarity(pair, n, nothing, nothing, nothing, nothing)
+            continue
+        for site in pair:
+            if site not in drawn:
+                values = buffer.gather(split, rows, [site]).values[site]
+                drawn[site] = _Drawn.of(values, max(1, min(k, n - 1)))
+        x, y = (drawn[site] for site in pair)
+        if pair[0] == pair[1]:
+            own = 1.0 if x.features.norm > 0 else nothing
+            yield PairSimilarity(pair, n, own, nothing, _overlap(x.near, x.near), nothing)
+            continue
+        cka_null = max((x.features.cka(y.features, order) for order in shuffles), default=nothing)
+        knn_null = max((_overlap(x.near, _shuffled(y.near, order)) for order in shuffles), default=nothing)
+        yield PairSimilarity(pair, n, x.features.cka(y.features), cka_null, _overlap(x.near, y.near), knn_null)
 
 
 class _Features(NamedTuple):
@@ -243,12 +280,6 @@ def _one_row_per_image(buffer: ActivationBuffer, split: SplitName, n: int, rng: 
     counts = np.diff(of_image, append=seen)
     drawn = of_image + (rng.random(len(of_image)) * counts).astype(np.int64)
     return np.sort(rng.choice(drawn, min(n, len(drawn)), replace=False))
-
-
-def _told(progress: Callable[[int, int], None] | None, done: int, steps: int) -> int:
-    if progress:
-        progress(done + 1, steps)
-    return done + 1
 
 
 def _check(x: np.ndarray, y: np.ndarray, least: int, what: str, k: int = 1) -> None:

@@ -25,17 +25,23 @@ class Panel(NamedTuple):
 
     Attributes:
         title: above it, one line or several.
-        values: what is drawn, from dark (0) to bright (1); NaN is hatched.
+        values: what is drawn, from dark (0) to bright (`top`); NaN is hatched.
         small: printed below the values.
+        top: the brightest.
+        digits: printed behind the point.
+        framed: (row, column) of cells that stand out.
     """
 
     title: str
     values: Matrix
     small: Small | None = None
+    top: float = 1.0
+    digits: int = 3
+    framed: frozenset[tuple[str, str]] = frozenset()
 
 
 class Layout(NamedTuple):
-    """How matrices of some sites stand on a page.
+    """How matrices of some sites (rows) and the same or others (columns) stand on a page.
 
     Attributes:
         labels: of the rows.
@@ -52,16 +58,26 @@ class Layout(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, sites: Sequence[str], n_panels: int, *, width: float = WIDE, small: bool = True) -> Layout:
-        """Return a layout that is at most `width` inches wide."""
-        names, gap, n = [folded(site) for site in sites], 0.15, len(sites)
-        numbered = [f"{i}  {name}" for i, name in enumerate(names, start=1)]
+    def of(
+        cls,
+        sites: Sequence[str],
+        n_panels: int,
+        *,
+        across: Sequence[str] | None = None,
+        width: float = WIDE,
+        small: bool = True,
+    ) -> Layout:
+        """Return a layout that is at most `width` inches wide; `across` are the columns, where they are others."""
+        names, gap = [folded(site) for site in sites], 0.15
+        headings = names if across is None else [folded(site) for site in across]
+        n = len(headings)
+        numbered = [f"{i}  {name}" for i, name in enumerate(names, start=1)] if across is None else names
         label = max(text_width(name, _LABEL) for name in numbered) + 0.5  # with ticks and what the axis is
         room = (width - label) / n_panels - gap
         columns = n_panels if room / n >= _NARROW else 1
         broad = min(_BROAD, room / n if columns > 1 else (width - label - gap) / n)
-        fit = all(text_width(name, _LABEL) <= broad - 0.06 for name in names)
-        ticks = names if fit else [str(i) for i in range(1, n + 1)]
+        fit = all(text_width(name, _LABEL) <= broad - 0.06 for name in headings)
+        ticks = headings if fit else [str(i) for i in range(1, n + 1)]
         return cls(names if fit else numbered, ticks, label, (broad, 0.44 if small else 0.34), columns)
 
     def size(self, n: int, n_panels: int, heading: float = 0.25) -> tuple[float, float]:
@@ -93,32 +109,44 @@ def heat_map(
     sites: Sequence[str],
     layout: Layout,
     *,
+    across: Sequence[str] | None = None,
     first: bool = True,
     axes: tuple[str, str] = _AXES,
 ) -> None:
-    """Draw one matrix, source sites (rows) to target sites (columns); only the `first` of a row names the rows."""
-    values = [[panel.values[source][target] for target in sites] for source in sites]
-    small = [[panel.small[source][target] if panel.small else "" for target in sites] for source in sites]
-    axis.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
-    axis.set_xticks(range(len(sites)), layout.ticks, fontsize=_LABEL)
+    """Draw one matrix, source sites (rows) to target sites (columns); only the `first` of a row names the rows.
+
+    The columns are `sites` too, unless others go `across`.
+    """
+    columns = sites if across is None else across
+    values = [[panel.values[source][target] for target in columns] for source in sites]
+    small = [[panel.small[source][target] if panel.small else "" for target in columns] for source in sites]
+    axis.imshow(values, cmap="cividis", vmin=0.0, vmax=panel.top, aspect="auto")
+    axis.set_xticks(range(len(columns)), layout.ticks, fontsize=_LABEL)
     axis.set_yticks(range(len(sites)), layout.labels if first else [], fontsize=_LABEL)
     axis.tick_params(length=2)
-    title = _fitting([panel.title], 9.5, len(sites) * layout.cell[0] + 0.1)
+    title = _fitting([panel.title], 9.5, len(columns) * layout.cell[0] + 0.1)
     axis.set_title(plain(panel.title), fontsize=title)
     axis.set_xlabel(axes[1], fontsize=_LABEL)
     if first:
         axis.set_ylabel(axes[0], fontsize=_LABEL)
     sizes = [
         _fitting([text for row in texts for text in row], size, layout.cell[0])
-        for texts, size in (([[number(value) for value in row] for row in values], _VALUE), (small, _SMALL))
+        for texts, size in (
+            ([[number(value, panel.digits) for value in row] for row in values], _VALUE),
+            (small, _SMALL),
+        )
     ]
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if not math.isfinite(value):
                 _hatch(axis, i, j)
-            ink = "white" if value <= 0.45 else "black"  # NaN has no colour of its own: black on the white ground
+            if (sites[i], columns[j]) in panel.framed:
+                _frame(axis, i, j)
+            ink = (
+                "white" if value <= 0.45 * panel.top else "black"
+            )  # NaN has no colour of its own: black on the white ground
             below = small[i][j]
-            _print(axis, (j, i), number(value), sizes[0], ink, 5 if below else 0)
+            _print(axis, (j, i), number(value, panel.digits), sizes[0], ink, 5 if below else 0)
             if below:
                 _print(axis, (j, i), below, sizes[1], ink, -7)
 
@@ -135,6 +163,12 @@ def _fitting(texts: Sequence[str], size: float, width: float) -> float:
     """Return the size, in points, at which all texts fit into a cell."""
     widest = max(text_width(text, size) for text in texts)
     return size if widest <= width - 0.05 else max(4.5, size * (width - 0.05) / widest)
+
+
+def _frame(axis: Axes, i: int, j: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.4))
 
 
 def _hatch(axis: Axes, i: int, j: int) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 # cividis in ten steps, with the ink (black or white) that has the better contrast, and a fainter one
-_RAMP = (
+RAMP = (
     ("#002b62", "#ffffff", "#b3bfd0"), ("#243c6e", "#ffffff", "#bdc5d3"), ("#434e6c", "#ffffff", "#c7cad3"),
     ("#5b606e", "#ffffff", "#d6d7da"), ("#727274", "#ffffff", "#e3e3e3"), ("#888578", "#000000", "#222121"),
     ("#a19975", "#000000", "#30302a"), ("#bcae6c", "#000000", "#3f3c2b"), ("#d6c35d", "#000000", "#4b4424"),
@@ -92,7 +92,7 @@ class _Pairs(NamedTuple):
         held_out, text = self.held_out[source][target], self.text(source, target).center(width)
         cell = Text("\n".join([text, *[" " * width] * (height - 1)]))
         if finite(held_out):
-            ground, ink, faint = _RAMP[min(max(int(held_out * len(_RAMP)), 0), len(_RAMP) - 1)]
+            ground, ink, faint = RAMP[min(max(int(held_out * len(RAMP)), 0), len(RAMP) - 1)]
             middle = text.index(short(held_out)) + len(short(held_out))
             cell.stylize(Style(color=faint, bgcolor=ground))
             cell.stylize(Style(color=ink, bold=True), 0, middle)

@@ -1,0 +1,22 @@
+"""Scan: every layer of each model against every layer of the others."""
+
+from .choosing import choose_sites, depths_of
+from .codes import CodeMatrices, Followed, scan_codes
+from .live import scan
+from .measure import ScanProgress, ScanSettings, joint_length, scan_buffer
+from .report import MEASURES, ScanReport
+
+__all__ = [
+    "MEASURES",
+    "CodeMatrices",
+    "Followed",
+    "ScanProgress",
+    "ScanReport",
+    "ScanSettings",
+    "choose_sites",
+    "depths_of",
+    "joint_length",
+    "scan",
+    "scan_buffer",
+    "scan_codes",
+]
