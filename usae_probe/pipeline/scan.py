@@ -19,6 +19,7 @@ from ..images import annotations_of, open_source
 from ..probes.scan import ScanProgress, ScanReport, ScanSettings, choose_sites, depths_of, joint_length, scan_buffer
 from ..report.scan_figures import scan_figures
 from ..sites import Site
+from ..usae import read_history
 from .budget import fit_budget
 from .controls import UntrainedRun
 from .models import attach_all
@@ -61,8 +62,6 @@ class ScanResult:
 
 class Scan:
     """Every layer of each model against every layer of the others, in a folder that keeps what is done.
-
-    The folder is a run folder too: `usae-probe cam` draws latents of its USAE.
 
     Args:
         config: `[scan]` says which layers, and how; their lists in `[models]` are for `depth = 0`.
@@ -134,6 +133,9 @@ class Scan:
             buffer,
             run.usae() if joint else None,
             ScanSettings(config.scan, config.usae, config.train, config.probes),
+            steps=max((record["step"] for record in read_history(folder / "history.jsonl")), default=None)
+            if joint
+            else None,
             depths=plan.depths,
             annotations=annotations_of(source) if source else (),
             labels=labels_of(config),

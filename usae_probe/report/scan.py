@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.style import Style
@@ -34,6 +34,19 @@ _MEASURES = {
 }
 
 Numbers = Mapping[str, Mapping[str, float | None]]
+
+
+class _Map(NamedTuple):
+    """One heat map: in hundredths, or whole numbers; the best source of a target is in its column, or `by_row`."""
+
+    title: str
+    values: Numbers
+    hundredths: bool = True
+    by_row: bool = False
+
+    def largest(self, cells: Sequence[tuple[str, str]]) -> float | None:
+        """Return the largest value of some cells, those of a layer with itself aside."""
+        return max((value for a, b in cells if a != b and finite(value := self.values[a][b])), default=None)
 
 
 def scan_summary(data: Mapping[str, Any], files: Mapping[str, Path], blocks: Mapping[str, int]) -> RenderableType:
@@ -104,31 +117,33 @@ def _maps(data: Mapping[str, Any], one: str, other: str) -> Iterator[RenderableT
     """Yield heat maps of all measures, two side by side where they fit; rows are layers of one, columns of other."""
     rows, columns = data["models"][one], data["models"][other]
     codes = data["joint"] or data["pairs"]
-    maps: list[tuple[str, Numbers, bool]] = []
+    maps: list[_Map] = []
     if codes:
         turned = {a: {b: codes["r2"][b][a] for b in columns} for a in rows}
-        maps += [(f"R², {one} → {other}", codes["r2"], True), (f"R², {other} → {one}", turned, True)]
+        maps.append(_Map(f"R², {one} → {other}", codes["r2"]))
+        maps.append(_Map(f"R², {other} → {one}", turned, by_row=True))
     if data["similarity"]:
-        maps += [("debiased CKA", data["similarity"]["cka"], True)]
-        maps += [(f"mutual {data['similarity']['k']}-NN", data["similarity"]["mutual_knn"], True)]
+        maps.append(_Map("debiased CKA", data["similarity"]["cka"]))
+        maps.append(_Map(f"mutual {data['similarity']['k']}-NN", data["similarity"]["mutual_knn"]))
     if codes:
-        maps += [("universal latents", codes["universal"], False), (f"closest, to {other}", codes["closest"], False)]
+        maps.append(_Map("universal latents", codes["universal"], hundredths=False))
+        maps.append(_Map(f"closest, to {other}", codes["closest"], hundredths=False))
     label = min(_NAME, max(len(_layer(site)) for site in rows))
     for at in range(0, len(maps), 2):
         both = maps[at : at + 2]
-        wide = max(len(_spelled(m[a][b], h)) for _, m, h in both for a in rows for b in columns)
+        wide = max(len(_spelled(m.values[a][b], m.hundredths)) for m in both for a in rows for b in columns)
         cell = max(wide, len(str(len(columns)))) + 1
-        width = max(len(columns) * cell, *(len(title) for title, _, _ in both))
+        width = max(len(columns) * cell, *(len(m.title) for m in both))
         step = 2 if label + 1 + 2 * width + 3 <= WIDTH else 1
         for part in (both[i : i + step] for i in range(0, len(both), step)):
             yield _side_by_side(part, rows, columns, (label, width, cell))
-    yield Text("hundredths, or latents; brightest: a map's largest; underlined: best of its column", style="dim")
+    yield Text("hundredths or latents; brightest: a map's largest; underlined: best source", style="dim")
     names = "  ".join(f"{i}:{_layer(site)}" for i, site in enumerate(columns, start=1))
     yield Text(f"columns, {other}: {names}", style="dim")
 
 
 def _side_by_side(
-    maps: Sequence[tuple[str, Numbers, bool]], rows: Sequence[str], columns: Sequence[str], widths: tuple[int, int, int]
+    maps: Sequence[_Map], rows: Sequence[str], columns: Sequence[str], widths: tuple[int, int, int]
 ) -> Table:
     """Return maps in one table; `widths` are those of the rows' names, of a map and of a cell."""
     label, width, cell = widths
@@ -136,16 +151,17 @@ def _side_by_side(
     table.add_column(width=label + 1, no_wrap=True)
     for number, _ in enumerate(maps, start=1):
         table.add_column(width=min(width + 3 * (number < len(maps)), WIDTH), no_wrap=True)
-    table.add_row("", *(Text(title, style="bold") for title, _, _ in maps))
+    table.add_row("", *(Text(m.title, style="bold") for m in maps))
     table.add_row("", *(Text("".join(f"{i:>{cell}}" for i in range(1, len(columns) + 1)), style="dim") for _ in maps))
-    tops = [max((v for a in rows for b in columns if a != b and finite(v := m[a][b])), default=1.0) for _, m, _ in maps]
+    tops = [m.largest([(a, b) for a in rows for b in columns]) or 1.0 for m in maps]
     for a in rows:
         lines = []
-        for (_, matrix, hundredths), top in zip(maps, tops, strict=True):
+        for m, top in zip(maps, tops, strict=True):
             line = Text()
             for b in columns:
-                best = max((v for r in rows if r != b and finite(v := matrix[r][b])), default=None)
-                line.append_text(_cell(matrix[a][b], hundredths, top, cell, best=matrix[a][b] == best and a != b))
+                rivals = [(a, c) for c in columns] if m.by_row else [(c, b) for c in rows]
+                best = a != b and m.values[a][b] == m.largest(rivals)
+                line.append_text(_cell(m.values[a][b], m.hundredths, top, cell, best=best))
             lines.append(line)
         table.add_row(Text(shortened(_layer(a), label)), *lines)
     return table
@@ -204,10 +220,10 @@ def _profile(data: Mapping[str, Any]) -> Iterator[RenderableType]:
     notes = [f"from: the layer elsewhere {best}; bars: " + ("R², ░ up to ridge" if measure == "r2" else "CKA")]
     if any(row["as_good"] for row in matches):
         notes.append("~ other layers there are as good, within their intervals")
-    nulls = [("CKA", "cka_null", 2), ("universal latents", "universal_null", 1)]
-    shuffled = [(name, max(found), digits) for name, key, digits in nulls if (found := _known(matches, key))]
+    shuffled = [f"CKA at most {short(max(found))}"] if (found := _known(matches, "cka_null")) else []
+    shuffled += [f"universal latents {max(found):.1f}"] if (found := _known(matches, "universal_null")) else []
     if shuffled:
-        notes.append("images shuffled: " + ", ".join(f"{name} {value:z.{d}f} at most" for name, value, d in shuffled))
+        notes.append(f"images shuffled: {', '.join(shuffled)}")
     yield Text("\n".join(notes), style="dim")
 
 

@@ -12,12 +12,13 @@ from ..probes.scan import ScanReport
 from ..sites import file_stem
 from ..usae import Matrix
 from .heat_maps import Layout, Panel, Small, heat_map
-from .style import captioned, cycle, plain, save, short
+from .style import WIDE, captioned, cycle, plain, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LATENTS = 24
+_CELL = 0.56  # inches, of a heat map with many layers
 
 
 def scan_figures(report: ScanReport, folder: Path) -> list[Path]:
@@ -46,7 +47,8 @@ def heat_maps(report: ScanReport, one: str, other: str) -> Figure:
     """Return all measures of the layers of one model (rows) and another (columns); the best of a target is framed."""
     rows, columns = report.models[one], report.models[other]
     panels = list(_panels(report, one, other))
-    layout = Layout.of([_layer(s) for s in rows], 2, across=[_layer(s) for s in columns])
+    wide = max(WIDE, 2 * (_CELL * len(columns) + 0.15) + 1.6)
+    layout = Layout.of([_layer(s) for s in rows], 2, across=[_layer(s) for s in columns], width=wide)
     cell_width, cell_height = layout.cell
     lines = -(-len(panels) // 2)
     width = layout.label + 2 * (len(columns) * cell_width + 0.15)

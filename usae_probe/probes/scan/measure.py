@@ -53,6 +53,7 @@ def scan_buffer(
     usae: USAE | None,
     settings: ScanSettings,
     *,
+    steps: int | None = None,
     depths: Mapping[str, float] | None = None,
     annotations: Sequence[Annotation] = (),
     labels: np.ndarray | None = None,
@@ -65,6 +66,7 @@ def scan_buffer(
         buffer: row-paired activations of all sites, model by model in the order of depth.
         usae: a USAE over all of them, for the strategy `joint`; None without it.
         settings: `[scan]`, and `[usae]`, `[train]`, `[probes]` for trainings and measures.
+        steps: that the USAE was trained for; default: those that the settings ask for.
         depths: {site: relative depth}; default: the places in their model's list.
         annotations: what is known about the images.
         labels: of all images, for trainings with `pairing = "label"`.
@@ -77,9 +79,8 @@ def scan_buffer(
         BufferIntegrityError: when the split has fewer than 2 rows.
         StageError: for the strategy `pairs` on what a ring left.
     """
-    return _Scan(buffer, settings, annotations, labels, folder, progress).do(
-        usae, depths or listed_depths(buffer.sites)
-    )
+    doing = _Scan(buffer, settings, annotations, labels, folder, progress)
+    return doing.do(usae, steps, depths or listed_depths(buffer.sites))
 
 
 def joint_length(how: TrainConfig, n_sites: int, scan: ScanConfig) -> TrainConfig:
@@ -122,7 +123,7 @@ class _Scan:
         self.seconds: dict[str, float] = {}
         self._of_buffer = json_sha256(buffer.identity)
 
-    def do(self, usae: USAE | None, depths: Mapping[str, float]) -> ScanReport:
+    def do(self, usae: USAE | None, steps: int | None, depths: Mapping[str, float]) -> ScanReport:
         if not self.pairs:
             raise UsageError(
                 f"a scan compares layers, and was given {len(self.sites)}: {', '.join(self.sites)}",
@@ -140,8 +141,11 @@ class _Scan:
             pairs = self._timed("pairs", self._trained_pairs)
         shape, how = self.settings.usae, self.settings.train
         epoch = self.buffer.steps_per_epoch("train", how.batch_size)
-        steps = {"joint": joint_length(how, len(self.sites), self.settings.scan).n_steps(epoch)} if joint else {}
-        steps |= {"pairs": how.n_steps(epoch)} if pairs else {}
+        taken = {}
+        if joint:
+            taken["joint"] = steps or joint_length(how, len(self.sites), self.settings.scan).n_steps(epoch)
+        if pairs:
+            taken["pairs"] = how.n_steps(epoch)
         return ScanReport(
             sites=tuple(self.sites),
             depths={site: depths[site] for site in self.sites},
@@ -153,7 +157,7 @@ class _Scan:
             joint=joint,
             pairs=pairs,
             followed=tuple(followed),
-            trained={"n_latents": shape.n_latents, "k": shape.k, "steps": steps, "batch_size": how.batch_size},
+            trained={"n_latents": shape.n_latents, "k": shape.k, "steps": taken, "batch_size": how.batch_size},
             seconds=self.seconds,
         )
 
@@ -207,7 +211,7 @@ class _Scan:
         n_train = n_eval = 0
         for at, source in enumerate(self.sites):
             targets = [b if a == source else a for a, b in self.pairs if source in (a, b)]
-            cell, found = [source, *targets], None
+            cell = [source, *targets]
             found = self.kept.get("linear", cell, settings)
             if found is None:
                 fitted = linear_reference(self.buffer, cell, pairs={(source, t) for t in targets}, **how)
