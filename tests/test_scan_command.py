@@ -188,7 +188,7 @@ def test_a_floor_of_untrained_networks(do: Callable[..., ScanResult]) -> None:
 
 
 def test_a_ring_is_scanned(do: Callable[..., ScanResult]) -> None:
-    ring = {"shard_images": 2, "mode": "ring", "capacity": "118kB", "memory": "1kB", "warmup_rows": 9, "reuse": 2}
+    ring = {"shard_images": 2, "mode": "ring", "capacity": "120kB", "memory": "1kB", "warmup_rows": 9, "reuse": 2}
     config = tables(images={"holdout": 0.02, "validation": 0.1}, buffer=ring, train={"steps": None, "batch_size": 6})
     with pytest.warns(UsaeProbeWarning, match="the linear reference is left out: a ring has dropped"):
         done = do(config)

@@ -133,9 +133,7 @@ class Scan:
             buffer,
             run.usae() if joint else None,
             ScanSettings(config.scan, config.usae, config.train, config.probes),
-            steps=max((record["step"] for record in read_history(folder / "history.jsonl")), default=None)
-            if joint
-            else None,
+            steps=_steps_taken(folder) if joint else None,
             depths=plan.depths,
             annotations=annotations_of(source) if source else (),
             labels=labels_of(config),
@@ -214,6 +212,11 @@ class Scan:
             for name, entry in self.config.models.items()
         }
         return attach_all(self.config.model_copy(update={"models": entries}), closing)
+
+
+def _steps_taken(folder: Path) -> int | None:
+    """Return the last step in a training's history: a ring has as many as its rows are enough for."""
+    return max((int(record["step"]) for record in read_history(folder / "history.jsonl")), default=None)
 
 
 def _layer(site: Site) -> str:
