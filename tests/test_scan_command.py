@@ -238,8 +238,8 @@ def test_a_short_budget_chooses_less(base: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(budget_module._StepSeconds, "_timed", lambda _, __, widths: 0.01 * len(widths))
     monkeypatch.setattr(budget_module, "_LEAST_IMAGES", 20)
 
-    def chosen(budget: str) -> budget_module.Chosen:
-        config = RunConfig.from_dict(tables(scan={"budget": budget}, train={"steps": 5000}), base=base)
+    def chosen(budget: str, **more: Any) -> budget_module.Chosen:
+        config = RunConfig.from_dict(tables(scan={"budget": budget, **more}, train={"steps": 5000}), base=base)
         with ExitStack() as closing:
             models = attach_all(config, closing)
             sites = choose_sites(models, ScanConfig(layers=["a/*", "b/*"]))
@@ -252,6 +252,9 @@ def test_a_short_budget_chooses_less(base: Path, monkeypatch: pytest.MonkeyPatch
     assert 20 <= little.images < 60
     for given, budget in ((some, 60), (little, 12)):
         assert given.harvest + given.training + given.measures <= 0.8 * budget
+    floor, both = chosen("60s", floor=True), chosen("10m", strategies=["joint", "pairs"])
+    assert floor.harvest + floor.training + floor.measures <= 0.4 * 60
+    assert 50 <= both.steps < chosen("10m").steps  # 36 trainings of two layers besides
     assert 4 <= sum(map(len, little.sites.values())) < sum(map(len, some.sites.values())) == 12
 
 

@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..errors import ImageError, UsageError
 from ..hooks import HookedModel, evenly
 from ..images import ImageSource, iter_batches
-from ..probes.scan import joint_length
+from ..probes.scan import joint_length, pairs_between
 from ..sites import Site
 from ..usae import StepRecord, train
 
@@ -60,7 +60,7 @@ def fit_budget(
     """Choose as many layers, then images, then steps as fit into `scan.budget`; never more than the config asks for.
 
     A few images and steps are timed. Layers go first because they are what a scan is for; each encoder must get at
-    least 25 updates, and 500 images (all, where there are fewer) must be seen.
+    least 25 updates, and 500 images (all, where there are fewer) must be seen. A floor takes half of the time.
 
     Args:
         config: with a budget.
@@ -84,15 +84,12 @@ def fit_budget(
     dims = {str(site): model.d_in(site) for model in models for site in sites[model.name]}
     steps_at = _StepSeconds(config, [_widths(c, dims) for c in (candidates[0], candidates[-1])])
     rate = _multiplications_per_second()
-    left = budget * _RESERVE - spent - (time.perf_counter() - began)
+    share = 0.5 if config.scan.floor else 1.0
+    left = share * (budget * _RESERVE - spent - (time.perf_counter() - began))
     least_images = min(n_images, _LEAST_IMAGES)
     for candidate in candidates:
         widths = _widths(candidate, dims)
-        least = joint_length(
-            config.train.model_copy(update={"steps": 2 * _UPDATES, "epochs": None}), len(widths), config.scan
-        )
-        times = (least.steps or 1) / (2 * _UPDATES)
-        step = steps_at(widths) * times
+        step = _seconds_per_step(config, candidate, dims, steps_at)
         measures = _measure_seconds(config, widths, n_images, rate, steps_at(widths))
         enough = min(2 * _UPDATES, _steps_wanted(config, n_images))
         harvest = min(_HARVEST * left, left - measures - enough * step)
@@ -105,9 +102,24 @@ def fit_budget(
     need = least_images * per_image + 2 * _UPDATES * step + measures
     raise UsageError(
         f"a budget of {config.scan.budget} is too short: two layers of each model, {least_images} images and "
-        f"{2 * _UPDATES} steps take about {need / _RESERVE:.0f} seconds here",
+        f"{2 * _UPDATES} steps take about {need / _RESERVE:.0f} seconds here"
+        f"{', and the floor as long' if config.scan.floor else ''}",
         hint="give it more time, or smaller models, n_latents or batch_size",
     )
+
+
+def _seconds_per_step(
+    config: RunConfig, sites: Mapping[str, Sequence[Site]], dims: Mapping[str, int], steps_at: _StepSeconds
+) -> float:
+    """Return what a step of `[train]` costs: it may be several of the joint training, and every pair has its own."""
+    widths, seconds = _widths(sites, dims), 0.0
+    if "joint" in config.scan.strategies:
+        one = config.train.model_copy(update={"steps": 100, "epochs": None})
+        seconds += (joint_length(one, len(widths), config.scan).steps or 100) / 100 * steps_at(widths)
+    if "pairs" in config.scan.strategies:
+        names = [str(site) for of_model in sites.values() for site in of_model]
+        seconds += sum(steps_at([dims[a], dims[b]]) for a, b in pairs_between(names))
+    return seconds
 
 
 def _widths(sites: Mapping[str, Sequence[Site]], dims: Mapping[str, int]) -> list[int]:

@@ -1,5 +1,6 @@
 """Scan: every layer of each model against every layer of the others."""
 
+from .cells import pairs_between
 from .choosing import choose_sites, depths_of
 from .codes import CodeMatrices, Followed, scan_codes
 from .live import scan
@@ -16,6 +17,7 @@ __all__ = [
     "choose_sites",
     "depths_of",
     "joint_length",
+    "pairs_between",
     "scan",
     "scan_buffer",
     "scan_codes",
