@@ -309,7 +309,7 @@ def _floor(data: Mapping[str, Any]) -> Text | None:
         if all(map(finite, pair)):
             spelled = [f"{v:,.0f}" if measure == "universal" else short(v) for v in pair]
             parts.append(f"{_MEASURES[measure]} {spelled[1]} ({spelled[0]} trained)")
-    return Text.assemble(("Floor", "bold"), f"  largest cell of the same networks untrained: {', '.join(parts)}")
+    return Text.assemble(("Floor", "bold"), f"  largest cell of the same networks untrained:\n{', '.join(parts)}")
 
 
 def _layer(site: str) -> str:
