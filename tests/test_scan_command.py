@@ -25,9 +25,9 @@ import usae_probe.probes.scan.measure as measure_module
 from usae_probe import HookedModel, RunConfig, ScanReport, attach, scan, train
 from usae_probe.config import ScanConfig
 from usae_probe.config.scan import budget_seconds
-from usae_probe.errors import ConfigError, NotBuiltError, UsaeProbeWarning
+from usae_probe.errors import ConfigError, NotBuiltError, UsaeProbeWarning, UsageError
 from usae_probe.images import open_source
-from usae_probe.pipeline import Scan, ScanResult
+from usae_probe.pipeline import Run, Scan, ScanResult
 from usae_probe.pipeline.models import attach_all
 from usae_probe.probes.scan import choose_sites
 from usae_probe.report.scan import scan_summary
@@ -195,6 +195,15 @@ def test_a_ring_is_scanned(do: Callable[..., ScanResult]) -> None:
     assert done.report.linear is None
     assert done.report.joint is not None
     assert np.isfinite(done.report.joint.r2["a/0"]["b/0"])
+
+
+def test_a_run_is_not_replaced(base: Path, tmp_path: Path) -> None:
+    config = RunConfig.from_dict(TABLES, base=base)
+    Run(config, tmp_path).run(("harvest",))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match="is the folder of a run, whose results a scan would replace"):
+        Scan(config, tmp_path).run()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_pairs_of_a_ring_are_refused(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UsageError
 from ..files import json_sha256, write_json, write_text
 from ..hooks import HookedModel
 from ..images import annotations_of, open_source
@@ -94,8 +94,13 @@ class Scan:
         """Do what is not done yet.
 
         Raises:
-            UsageError: when no layers can be chosen, or a budget is too short.
+            UsageError: when no layers can be chosen, a budget is too short, or the folder is that of a run.
         """
+        if (self.folder / "run.json").exists() and not (self.folder / "plan.json").exists():
+            raise UsageError(
+                f"'{self.folder}' is the folder of a run, whose results a scan would replace",
+                hint="choose another --out; the default is runs/<config's name>-scan",
+            )
         plan = self._plan()
         if plan.about:
             self._announce(plan.about)
