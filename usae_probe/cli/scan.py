@@ -83,7 +83,6 @@ def _scan(config: RunConfig, folder: Path, as_json: bool) -> None:
 
     _, stderr = terminal.consoles()
     with terminal.StageProgress(stderr) as bars, shown_warnings(bars.say):
-        parts: list[str] = []
 
         def announce(news: StageResult | tuple[Stage, str] | str) -> None:
             if isinstance(news, str):
@@ -92,8 +91,6 @@ def _scan(config: RunConfig, folder: Path, as_json: bool) -> None:
                 say_stage(bars, news)
 
         def progress(now: Progress | ScanProgress) -> None:
-            if now[0] not in parts:
-                parts.append(now[0])
             bars.update(*now)
             if now[1] >= now[2]:
                 bars.finish(now[0])
