@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from usae_probe.probes.universality import CATEGORIES
 from usae_probe.report import terminal
-from usae_probe.report.r2_table import _RAMP, finite, r2_matrix, short
+from usae_probe.report.r2_table import RAMP, finite, r2_matrix, short
 from usae_probe.report.summary import file_table, run_summary
 
 NAN = float("nan")
@@ -295,7 +295,7 @@ def test_cells_are_coloured_by_the_held_out_value() -> None:
         for segment in line
         if segment.style and segment.style.bgcolor and segment.style.bold
     ]
-    assert grounds == [(".95", _RAMP[9][0]), ("−.50", _RAMP[0][0]), ("1.00", _RAMP[9][0])]
+    assert grounds == [(".95", RAMP[9][0]), ("−.50", RAMP[0][0]), ("1.00", RAMP[9][0])]
 
 
 def test_numbers_can_be_read_on_every_ground() -> None:
@@ -310,8 +310,8 @@ def test_numbers_can_be_read_on_every_ground() -> None:
         low, high = sorted((luminance(a), luminance(b)))
         return (high + 0.05) / (low + 0.05)
 
-    for ground, ink, faint in _RAMP:
+    for ground, ink, faint in RAMP:
         assert contrast(ground, ink) >= 4.5, ground
         assert contrast(ground, faint) >= 3.0, ground
-    luminances = [luminance(ground) for ground, _, _ in _RAMP]
+    luminances = [luminance(ground) for ground, _, _ in RAMP]
     assert luminances == sorted(luminances)
