@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,16 @@ def json_text(data: Mapping[str, Any]) -> str:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Replace `path` by `data` as indented JSON without NaN, atomically."""
     write_text(path, json_text(data))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], *, names: Iterable[str] = ()) -> str:
+    """Return rows as CSV under a line of names: all that a row has, in order, or those given where there is no row."""
+    text = io.StringIO()
+    fields = dict.fromkeys(name for row in rows for name in row) or dict.fromkeys(names)
+    writer = csv.DictWriter(text, fieldnames=list(fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -106,6 +107,23 @@ def check_model_name(name: str) -> None:
 def model_of(site: str) -> str:
     """Return the model's name in a spelled-out site."""
     return site.partition("/")[0]
+
+
+def layer_of(site: str) -> str:
+    """Return what stands behind the model's name in a spelled-out site: layer, call, element, head and policy."""
+    return site.partition("/")[2]
+
+
+def by_model(sites: Iterable[str]) -> dict[str, list[str]]:
+    """Return the sites of each model, in order.
+
+    >>> by_model(["a/x", "b/y", "a/z"])
+    {'a': ['a/x', 'a/z'], 'b': ['b/y']}
+    """
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        found.setdefault(model_of(site), []).append(site)
+    return found
 
 
 def file_stem(site: str) -> str:

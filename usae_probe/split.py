@@ -15,6 +15,11 @@ SplitName = Literal["train", "validation", "holdout"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 
+def spoken(split: str) -> str:
+    """Return what rows of a split are called: `held-out` for the holdout, else its name."""
+    return "held-out" if split == "holdout" else split
+
+
 @dataclass(frozen=True)
 class Split:
     """Which images of a source are used for what.

@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..errors import ImageError, UsageError
 from ..hooks import HookedModel, evenly
 from ..images import ImageSource, iter_batches
-from ..probes.scan import joint_length, pairs_between
+from ..probes.scan import pairs_between, times_as_long
 from ..sites import Site
 from ..usae import StepRecord, train
 
@@ -114,8 +114,7 @@ def _seconds_per_step(
     """Return what a step of `[train]` costs: it may be several of the joint training, and every pair has its own."""
     widths, seconds = _widths(sites, dims), 0.0
     if "joint" in config.scan.strategies:
-        one = config.train.model_copy(update={"steps": 100, "epochs": None})
-        seconds += (joint_length(one, len(widths), config.scan).steps or 100) / 100 * steps_at(widths)
+        seconds += times_as_long(len(widths), config.scan) * steps_at(widths)
     if "pairs" in config.scan.strategies:
         names = [str(site) for of_model in sites.values() for site in of_model]
         seconds += sum(steps_at([dims[a], dims[b]]) for a, b in pairs_between(names))

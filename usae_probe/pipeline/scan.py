@@ -18,7 +18,7 @@ from ..hooks import HookedModel
 from ..images import annotations_of, open_source
 from ..probes.scan import ScanProgress, ScanReport, ScanSettings, choose_sites, depths_of, joint_length, scan_buffer
 from ..report.scan_figures import scan_figures
-from ..sites import Site
+from ..sites import layer_of
 from ..usae import read_history
 from .budget import fit_budget
 from .controls import UntrainedRun
@@ -27,8 +27,6 @@ from .outcomes import Progress, StageResult
 from .run import Run
 from .source import labels_of, same_source
 from .stages import Stage
-
-_RESULTS = ("scan.json", "scan.csv", "scan-latents.csv")
 
 
 class ScanPlan(NamedTuple):
@@ -199,7 +197,7 @@ class Scan:
                     f"{_minutes(chosen.measures)} of measures"
                 )
             return ScanPlan(
-                layers={name: [_layer(site) for site in chosen_sites] for name, chosen_sites in sites.items()},
+                layers={name: [layer_of(str(site)) for site in chosen_sites] for name, chosen_sites in sites.items()},
                 depths=depths_of(models, sites),
                 blocks={model.name: len(model.blocks) for model in models},
                 limit=limit,
@@ -222,10 +220,6 @@ class Scan:
 def _steps_taken(folder: Path) -> int | None:
     """Return the last step in a training's history: a ring has as many as its rows are enough for."""
     return max((int(record["step"]) for record in read_history(folder / "history.jsonl")), default=None)
-
-
-def _layer(site: Site) -> str:
-    return str(site).partition("/")[2]
 
 
 def _minutes(seconds: float) -> str:

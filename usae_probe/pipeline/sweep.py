@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -14,7 +12,7 @@ from ..attaching import check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, ConfigError, StageError, UsaeProbeError
-from ..files import write_json, write_text
+from ..files import csv_text, write_json, write_text
 from ..probes import one_site_per_model
 from ..report.sweep_figure import sweep_figure
 from ..split import SplitName
@@ -91,12 +89,7 @@ class SweepResult:
             plain = {key: cell[key] for key in (*_MEASURED, "seconds")} | cell["counts"]
             error = {"error": cell["error"]["message"] if cell["error"] else None}
             rows.append({**cell["settings"], "seed": cell["seed"], "split": self.split, **plain, **r2, **error})
-        text = io.StringIO()
-        names = dict.fromkeys(name for row in rows for name in row)  # a failed cell has no counts
-        writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return csv_text(rows)  # a failed cell has no counts
 
 
 class Sweep:

@@ -11,7 +11,7 @@ import numpy as np
 from ..buffer import ActivationBuffer, Moments, Rows
 from ..errors import BufferIntegrityError, UsageError
 from ..split import SplitName
-from ..usae import Matrix
+from ..usae import Matrix, empty_matrix
 from .rows import RowProgress, check_rows, some_rows
 
 PENALTIES = np.logspace(-5, 1, 19)
@@ -79,8 +79,7 @@ def linear_reference(
     centres = {site: buffer.moments(site).mean for site in sites}
     sites = list(centres)
     n_train, n_eval = min(buffer.n_rows("train"), train_rows), min(buffer.n_rows(split), eval_rows)
-    r2: Matrix = {source: dict.fromkeys(sites, float("nan")) for source in sites}
-    penalty: Matrix = {source: dict.fromkeys(sites, float("nan")) for source in sites}
+    r2, penalty = empty_matrix(sites), empty_matrix(sites)
     targets = {
         source: [t for t in sites if t != source and (pairs is None or (source, t) in pairs)] for source in sites
     }

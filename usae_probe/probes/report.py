@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..split import SplitName
+from ..files import csv_text
+from ..split import SplitName, spoken
 from ..usae import Matrix
 from .controls import Controls
 from .fidelity import Fidelity
@@ -216,16 +215,11 @@ class UniversalityReport:
 
     def to_csv(self) -> str:
         """Return the latent table, a row per latent (the content of `latents.csv`)."""
-        text = io.StringIO()
-        rows = [record.to_row(self.class_sites) for record in self.latents]
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["latent"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return csv_text([record.to_row(self.class_sites) for record in self.latents], names=["latent"])
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.counts[name]} {name}" for name in CATEGORIES)
-        kind = "held-out" if self.measured_on == "holdout" else self.measured_on
+        kind = spoken(self.measured_on)
         return f"UniversalityReport({len(self.latents)} latents: {counts}; {self.n_rows_eval} {kind} rows)"
 
     def _by_energy(self, category: Category) -> list[LatentRecord]:

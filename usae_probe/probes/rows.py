@@ -9,7 +9,7 @@ import numpy as np
 from ..buffer import ActivationBuffer, Rows
 from ..errors import BufferIntegrityError, SiteError, nearest
 from ..sites import model_of
-from ..split import SplitName
+from ..split import SplitName, spoken
 from ..usae import USAE
 from .firing import image_begins
 
@@ -82,9 +82,8 @@ def check_rows(buffer: ActivationBuffer, split: SplitName) -> None:
         BufferIntegrityError: when a split has fewer than two.
     """
     if (n := buffer.n_rows(split)) < 2:
-        kind = "held-out" if split == "holdout" else split
         raise BufferIntegrityError(
-            f"the buffer has {n} {kind} rows, evaluation needs at least 2",
+            f"the buffer has {n} {spoken(split)} rows, evaluation needs at least 2",
             hint=f"set images.{split} above 0 and harvest again" if split != "train" else "harvest more images",
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..buffer import ActivationBuffer
 from ..errors import UsageError
 from ..split import SplitName
-from ..usae import Matrix
+from ..usae import Matrix, empty_matrix
 from .rows import CHUNK_ROWS
 
 LEAST_IMAGES = 4
@@ -118,7 +118,7 @@ def similarity(
     pairs = list(combinations(sites, 2))
     how: dict[str, Any] = {"split": split, "n_images": n_images, "k": k, "nulls": nulls, "seed": seed}
     compared = pair_similarities(buffer, [(site, site) for site in sites] + pairs, **how)
-    n, found = 0, Similarity(0, k, nulls, *({a: dict.fromkeys(sites, float("nan")) for a in sites} for _ in range(4)))
+    n, found = 0, Similarity(0, k, nulls, *(empty_matrix(sites) for _ in range(4)))
     for done, alike in enumerate(compared, start=1):
         n = alike.n_images
         for a, b in (alike.pair, alike.pair[::-1]):

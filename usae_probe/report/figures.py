@@ -12,6 +12,8 @@ from ..probes.fidelity import Fidelity
 from ..probes.intervals import Interval
 from ..probes.linear import LinearReference
 from ..probes.records import or_nan
+from ..probes.scan import ScanReport
+from ..split import spoken
 from ..usae import sources_of
 from .heat_maps import Layout, Panel, matrices
 from .style import cycle, new_figure, percent, save, short
@@ -70,9 +72,9 @@ def _has_numbers(linear: LinearReference | None) -> bool:
     return linear is not None and any(math.isfinite(value) for row in linear.r2.values() for value in row.values())
 
 
-def rows_measured(report: UniversalityReport | Fidelity) -> str:
+def rows_measured(report: UniversalityReport | Fidelity | ScanReport) -> str:
     """Return what the rows of a report, or its images, are called."""
-    return "held-out" if report.measured_on == "holdout" else report.measured_on
+    return spoken(report.measured_on)
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:

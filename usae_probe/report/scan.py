@@ -13,6 +13,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ..probes.scan import pairs_between
+from ..sites import layer_of
+from ..split import spoken
 from .r2_table import RAMP, finite, short
 from .style import shortened
 from .summary import file_table
@@ -86,8 +89,7 @@ def _headline(data: Mapping[str, Any], blocks: Mapping[str, int]) -> Text:
         lines.append(f"Depth of a layer and of its best match, rank correlation: {spelled}.\n")
     trained = data["trained"]
     steps = ", ".join(f"{n:,} steps {name}" for name, n in trained["steps"].items())
-    kind = "held-out" if data["measured_on"] == "holdout" else data["measured_on"]
-    rows = f"{data['n_rows_train']:,} training rows, {data['n_rows']:,} {kind} rows measured"
+    rows = f"{data['n_rows_train']:,} training rows, {data['n_rows']:,} {spoken(data['measured_on'])} rows measured"
     usae = f"\n{trained['n_latents']:,} latents, {trained['k']} active, {steps}" if steps else ""
     lines.append((f"{rows}{usae}", "dim"))
     return Text.assemble(*lines)
@@ -102,11 +104,7 @@ def _most_alike(data: Mapping[str, Any]) -> tuple[str, str, float, float | None]
     alike = data["similarity"]
     if not alike:
         return None
-    models = list(data["models"].values())
-    pairs = [(a, b) for one, other in combinations(models, 2) for a in one for b in other]
-    if len(models) == 1:
-        pairs = list(combinations(models[0], 2))
-    known = [(a, b) for a, b in pairs if finite(alike["cka"][a][b])]
+    known = [(a, b) for a, b in pairs_between(data["sites"]) if finite(alike["cka"][a][b])]
     if not known:
         return None
     a, b = max(known, key=lambda pair: alike["cka"][pair[0]][pair[1]])
@@ -128,7 +126,7 @@ def _maps(data: Mapping[str, Any], one: str, other: str) -> Iterator[RenderableT
     if codes:
         maps.append(_Map("universal latents", codes["universal"], hundredths=False))
         maps.append(_Map(f"closest, to {other}", codes["closest"], hundredths=False))
-    label = min(_NAME, max(len(_layer(site)) for site in rows))
+    label = min(_NAME, max(len(layer_of(site)) for site in rows))
     for at in range(0, len(maps), 2):
         both = maps[at : at + 2]
         wide = max(len(_spelled(m.values[a][b], m.hundredths)) for m in both for a in rows for b in columns)
@@ -138,7 +136,7 @@ def _maps(data: Mapping[str, Any], one: str, other: str) -> Iterator[RenderableT
         for part in (both[i : i + step] for i in range(0, len(both), step)):
             yield _side_by_side(part, rows, columns, (label, width, cell))
     yield Text("hundredths or latents; brightest: a map's largest; underlined: best source", style="dim")
-    names = "  ".join(f"{i}:{_layer(site)}" for i, site in enumerate(columns, start=1))
+    names = "  ".join(f"{i}:{layer_of(site)}" for i, site in enumerate(columns, start=1))
     yield Text(f"columns, {other}: {names}", style="dim")
 
 
@@ -163,7 +161,7 @@ def _side_by_side(
                 best = a != b and m.values[a][b] == m.largest(rivals)
                 line.append_text(_cell(m.values[a][b], m.hundredths, top, cell, best=best))
             lines.append(line)
-        table.add_row(Text(shortened(_layer(a), label)), *lines)
+        table.add_row(Text(shortened(layer_of(a), label)), *lines)
     return table
 
 
@@ -204,9 +202,9 @@ def _profile(data: Mapping[str, Any]) -> Iterator[RenderableType]:
         if model != before:
             table.add_row(Text(model, style="bold"))
             before = model
-        source = row["source"] if several else _layer(row["source"])
+        source = row["source"] if several else layer_of(row["source"])
         table.add_row(
-            shortened(_layer(row["target"]), _NAME),
+            shortened(layer_of(row["target"]), _NAME),
             short(data["depths"][row["target"]]),
             _bar(row.get(measure), row.get("linear")),
             _interval(row),
@@ -259,7 +257,7 @@ def _followed(data: Mapping[str, Any]) -> Group | None:
     table.add_row(*(Text(head, style="dim") for head in heads))
     for latent in data["followed"][:_FOLLOWED]:
         traces = ["".join(_level(latent["phi_at"][site]) for site in sites) for sites in data["models"].values()]
-        best = " · ".join(_layer(site) for site in latent["best"])
+        best = " · ".join(layer_of(site) for site in latent["best"])
         table.add_row(
             f"{latent['latent']}",
             *(Text(trace, style=_SOLID) for trace in traces),
@@ -310,7 +308,3 @@ def _floor(data: Mapping[str, Any]) -> Text | None:
             spelled = [f"{v:,.0f}" if measure == "universal" else short(v) for v in pair]
             parts.append(f"{_MEASURES[measure]} {spelled[1]} ({spelled[0]} trained)")
     return Text.assemble(("Floor", "bold"), f"  largest cell of the same networks untrained:\n{', '.join(parts)}")
-
-
-def _layer(site: str) -> str:
-    return site.partition("/")[2]

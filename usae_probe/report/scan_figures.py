@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..probes.scan import ScanReport
-from ..sites import file_stem
+from ..sites import file_stem, layer_of
 from ..usae import Matrix
+from .figures import rows_measured
 from .heat_maps import Layout, Panel, Small, heat_map
 from .style import WIDE, captioned, cycle, plain, save, short
 
@@ -48,7 +49,7 @@ def heat_maps(report: ScanReport, one: str, other: str) -> Figure:
     rows, columns = report.models[one], report.models[other]
     panels = list(_panels(report, one, other))
     wide = max(WIDE, 2 * (_CELL * len(columns) + 0.15) + 1.6)
-    layout = Layout.of([_layer(s) for s in rows], 2, across=[_layer(s) for s in columns], width=wide)
+    layout = Layout.of([layer_of(s) for s in rows], 2, across=[layer_of(s) for s in columns], width=wide)
     cell_width, cell_height = layout.cell
     lines = -(-len(panels) // 2)
     width = layout.label + 2 * (len(columns) * cell_width + 0.15)
@@ -56,7 +57,7 @@ def heat_maps(report: ScanReport, one: str, other: str) -> Figure:
     usae = "one USAE over all layers" if report.joint else "a USAE for each two layers"
     n_nulls = report.similarity.nulls if report.similarity else 0
     caption = (
-        f"{report.n_rows:,} {_kind(report)} rows. R²: code of the first layer decoded to the second, by {usae}; "
+        f"{_rows(report)}. R²: code of the first layer decoded to the second, by {usae}; "
         f"below: ridge regression. CKA (debiased) and mutual k-NN: no USAE; below: the largest of {n_nulls} shuffled "
         "pairings. Universal: latents that fire in both layers on the same images; below: shuffled, in the mean. "
         f"Closest: those of them that fire at the layer of {other} most like at this one of {one}. Framed: the best "
@@ -64,7 +65,7 @@ def heat_maps(report: ScanReport, one: str, other: str) -> Figure:
     )
     title = f"{one} and {other}, layer by layer"
     if layout.ticks[0] == "1":
-        title += f"\n{other}: " + ", ".join(f"{i} {_layer(site)}" for i, site in enumerate(columns, start=1))
+        title += f"\n{other}: " + ", ".join(f"{i} {layer_of(site)}" for i, site in enumerate(columns, start=1))
     figure = captioned(max(width, 6.0), height + 0.2 * title.count("\n"), title, caption)
     for at, panel in enumerate(panels):
         axis = figure.add_subplot(lines, 2, at + 1)
@@ -109,7 +110,7 @@ def profile(report: ScanReport) -> Figure:
     titles += [("energy", "", "Energy in universal latents")] if with_codes else []
     names = {"r2": "USAE", "linear": "ridge regression", "cka": "debiased CKA", "mutual_knn": "mutual k-NN"}
     caption = (
-        f"{report.n_rows:,} {_kind(report)} rows. Each point is a layer at its relative depth (share of its model's "
+        f"{_rows(report)}. Each point is a layer at its relative depth (share of its model's "
         "blocks that are complete); its value is the largest over all layers of the other models, chosen on these rows."
     )
     figure = captioned(3.4 * max(len(titles), 1) + 0.4, 3.2, "Universality over depth", caption)
@@ -142,10 +143,10 @@ def firing_map(report: ScanReport) -> Figure:
     labels = [f"{one.latent}  {one.follows}".strip() for one in latents]
     width = 0.5 + max(0.075 * max(map(len, labels)), 0.5)
     side = max(0.17, min(0.3, 3.4 / len(sites)))
-    longest = max(len(_layer(site)) for site in sites)
+    longest = max(len(layer_of(site)) for site in sites)
     caption = (
         f"The {len(latents)} strongest of {len(report.followed):,} latents of the joint USAE that all models share, "
-        f"{report.n_rows:,} {_kind(report)} rows. Left: φ of a latent's firing at a layer and at its best match in "
+        f"{_rows(report)}. Left: φ of a latent's firing at a layer and at its best match in "
         "another model (1: on exactly the same images). Right: share of the rows in which it fires, as a share of its "
         "largest."
     )
@@ -160,7 +161,7 @@ def firing_map(report: ScanReport) -> Figure:
         axis = figure.add_subplot(1, 2, at + 1)
         image = axis.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(sites)), [plain(_layer(site)) for site in sites], rotation=90, fontsize=6.5)
+        axis.set_xticks(range(len(sites)), [plain(layer_of(site)) for site in sites], rotation=90, fontsize=6.5)
         axis.set_yticks(range(len(latents)), [plain(label) for label in labels] if not at else [], fontsize=7)
         axis.tick_params(length=2)
         ends = 0
@@ -176,12 +177,8 @@ def firing_map(report: ScanReport) -> Figure:
     return figure
 
 
-def _kind(report: ScanReport) -> str:
-    return "held-out" if report.measured_on == "holdout" else report.measured_on
-
-
-def _layer(site: str) -> str:
-    return site.partition("/")[2]
+def _rows(report: ScanReport) -> str:
+    return f"{report.n_rows:,} {rows_measured(report)} rows"
 
 
 def _turned(matrix: Matrix) -> Matrix:

@@ -13,7 +13,8 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from ..sites import model_of
+from ..sites import layer_of, model_of
+from ..split import spoken
 from .r2_table import finite, short
 from .summary import file_table
 
@@ -77,7 +78,7 @@ def shown_value(value: Any) -> str:
 
 def rows_measured(data: Mapping[str, Any]) -> str:
     """Say which rows the numbers are about: `900 validation rows`."""
-    kind = "held-out" if data["split"] == "holdout" else data["split"]
+    kind = spoken(data["split"])
     return f"{data['n_rows']:,} {kind} rows" if data["n_rows"] else f"{kind} rows"
 
 
@@ -116,7 +117,7 @@ def _pairs(data: Mapping[str, Any]) -> Iterator[_Column]:
         return
     names = {site: model_of(site) for site in sites}
     if len(set(names.values())) < 2:
-        names = {site: site.partition("/")[2] for site in sites}
+        names = {site: layer_of(site) for site in sites}
     for source, target in permutations(sites):
         spreads = [row["r2"].get(source, {}).get(target) for row in data["combinations"]]
         yield _column(f"{names[source]}\n→{names[target]}", spreads, short)

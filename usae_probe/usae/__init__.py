@@ -7,7 +7,7 @@ from .history import HistoryFile, read_history
 from .independent import encoder_updates, train_independent
 from .kernels import Codes, Support, choose_kernel, select_topk
 from .model import USAE
-from .reconstruction import Matrix, ReconstructionSums
+from .reconstruction import Matrix, ReconstructionSums, empty_matrix
 from .records import StepRecord, TrainResult
 from .start import usae_for
 from .tensorboard import TensorBoardCallback, check_tensorboard
@@ -27,6 +27,7 @@ __all__ = [
     "check_tensorboard",
     "choose_kernel",
     "demand_labels",
+    "empty_matrix",
     "encoder_updates",
     "exchanged",
     "read_history",

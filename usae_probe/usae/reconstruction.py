@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -14,6 +14,12 @@ from .model import USAE
 
 Matrix = dict[str, dict[str, float]]
 """{source site: {target site: number}}."""
+
+
+def empty_matrix(sites: Iterable[str]) -> Matrix:
+    """Return a matrix of NaN over some sites."""
+    names = list(sites)
+    return {source: dict.fromkeys(names, float("nan")) for source in names}
 
 
 class ReconstructionSums:

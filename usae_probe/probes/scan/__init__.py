@@ -4,7 +4,7 @@ from .cells import pairs_between
 from .choosing import choose_sites, depths_of
 from .codes import CodeMatrices, Followed, scan_codes
 from .live import scan
-from .measure import ScanProgress, ScanSettings, joint_length, scan_buffer
+from .measure import ScanProgress, ScanSettings, joint_length, scan_buffer, times_as_long
 from .report import MEASURES, ScanReport
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "scan",
     "scan_buffer",
     "scan_codes",
+    "times_as_long",
 ]

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...buffer import ActivationBuffer
 from ...config import ProbesConfig
 from ...images import Annotation
-from ...sites import model_of
+from ...sites import by_model, model_of
 from ...split import SplitName
-from ...usae import USAE, Matrix
+from ...usae import USAE, Matrix, empty_matrix
 from ..factors import FactorScores
 from ..firing import Fires, FiringCounts
 from ..intervals import ImageGroups, Resamples
@@ -54,7 +54,7 @@ class CodeMatrices(NamedTuple):
     @classmethod
     def empty(cls, sites: Sequence[str]) -> CodeMatrices:
         """Return matrices of NaN."""
-        return cls(*({a: dict.fromkeys(sites, float("nan")) for a in sites} for _ in cls._fields))
+        return cls(*(empty_matrix(sites) for _ in cls._fields))
 
     def update(self, other: CodeMatrices) -> None:
         """Take in the numbers of another's cells."""
@@ -89,7 +89,7 @@ class Followed(NamedTuple):
     @property
     def strength(self) -> float:
         """Its share of a site's energy, summed over models, each at the site where it has most of it."""
-        return sum(max(self.energy[site] for site in of_model) for of_model in _by_model(self.energy).values())
+        return sum(max(self.energy[site] for site in of_model) for of_model in by_model(self.energy).values())
 
 
 def scan_codes(
@@ -325,10 +325,3 @@ class _Measuring:
         norms = dict(zip(self.usae.sites, self.usae.decoder_norms().detach().cpu().double().numpy(), strict=True))
         energy = {site: self.counts.mean(site) * norms[site] for site in self.usae.sites}
         return {site: values / max(float(values.sum()), 1e-300) for site, values in energy.items()}
-
-
-def _by_model(sites: Mapping[str, Any]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for site in sites:
-        found.setdefault(model_of(site), []).append(site)
-    return found

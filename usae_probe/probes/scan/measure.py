@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from ...errors import StageError, UsaeProbeWarning, UsageError
 from ...files import json_sha256
 from ...images import Annotation
 from ...sites import file_stem
-from ...usae import USAE, Matrix, StepRecord, train
+from ...usae import USAE, Matrix, StepRecord, empty_matrix, train
 from ..linear import LinearReference, linear_reference
 from ..records import jsonable, or_nan
 from ..rows import check_rows
@@ -88,10 +87,15 @@ def joint_length(how: TrainConfig, n_sites: int, scan: ScanConfig) -> TrainConfi
 
     Of M encoders a random source trains each in 1 / M of the steps, of two in half of them.
     """
-    times = max(1.0, n_sites / 2) if scan.updates == "encoder" else 1.0
+    times = times_as_long(n_sites, scan)
     if how.steps is not None:
         return how.model_copy(update={"steps": max(1, round(times * how.steps))})
     return how.model_copy(update={"epochs": times * (how.epochs or DEFAULT_EPOCHS)})
+
+
+def times_as_long(n_sites: int, scan: ScanConfig) -> float:
+    """Return how many times as long as a pair's the training of a USAE over all sites is."""
+    return max(1.0, n_sites / 2) if scan.updates == "encoder" else 1.0
 
 
 def listed_depths(sites: Sequence[str]) -> dict[str, float]:
@@ -175,7 +179,8 @@ class _Scan:
         how: dict[str, Any] = {"split": self.split, "n_images": probes.similarity_images, "k": probes.neighbours}
         how |= {"nulls": probes.nulls, "seed": probes.seed}
         settings = how | {"buffer": self._of_buffer}
-        within = [pair for pair in combinations(self.sites, 2) if pair not in set(self.pairs)]
+        between = set(self.pairs)
+        within = [pair for pair in combinations(self.sites, 2) if pair not in between]
         every = [*self.pairs, *within, *((site, site) for site in self.sites)]
         known = {pair: self.kept.get("similarity", pair, settings) for pair in every}
         missing = [pair for pair in every if known[pair] is None]
@@ -185,7 +190,7 @@ class _Scan:
             self.kept.put("similarity", alike.pair, settings, known[alike.pair])
             done += 1
             self._tell("similarity", done, len(every), "cells")
-        matrices = [{a: dict.fromkeys(self.sites, math.nan) for a in self.sites} for _ in range(4)]
+        matrices = [empty_matrix(self.sites) for _ in range(4)]
         n_images = 0
         for (a, b), kept in known.items():
             n_images, *values = kept or (0,)
@@ -206,8 +211,7 @@ class _Scan:
         probes = self.settings.probes
         how: dict[str, Any] = {"split": self.split, "train_rows": probes.train_rows, "seed": probes.seed}
         settings = how | {"buffer": self._of_buffer}
-        r2 = {a: dict.fromkeys(self.sites, math.nan) for a in self.sites}
-        penalty = {a: dict.fromkeys(self.sites, math.nan) for a in self.sites}
+        r2, penalty = empty_matrix(self.sites), empty_matrix(self.sites)
         n_train = n_eval = 0
         for at, source in enumerate(self.sites):
             targets = [b if a == source else a for a, b in self.pairs if source in (a, b)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ...sites import model_of
-from ...split import SplitName
+from ...files import csv_text
+from ...sites import by_model, model_of
+from ...split import SplitName, spoken
 from ...usae import Matrix
 from ..linear import LinearReference
 from ..records import finite, jsonable
@@ -63,10 +62,7 @@ class ScanReport:
     @property
     def models(self) -> dict[str, list[str]]:
         """{model: its sites, in order}."""
-        found: dict[str, list[str]] = {}
-        for site in self.sites:
-            found.setdefault(model_of(site), []).append(site)
-        return found
+        return by_model(self.sites)
 
     @property
     def cells(self) -> list[Pair]:
@@ -233,7 +229,7 @@ class ScanReport:
 
     def __repr__(self) -> str:
         sizes = " × ".join(f"{model} ({len(sites)} layers)" for model, sites in self.models.items())
-        kind = "held-out" if self.measured_on == "holdout" else self.measured_on
+        kind = spoken(self.measured_on)
         return f"ScanReport({sizes}; {len(self.followed)} latents in all models; {self.n_rows} {kind} rows)"
 
     def _model_pairs(self) -> Iterator[tuple[str, str]]:
@@ -260,9 +256,5 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    if rows:
-        writer.writeheader()
-        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    return text.getvalue()
+    spelled = [{key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    return csv_text(spelled) if spelled else ""
