@@ -10,6 +10,7 @@ from rich.console import Group
 
 from usae_probe.report.evidence import beside, evidence, seeds
 from usae_probe.report.summary import run_summary
+from usae_probe.report.tables import facts_table
 
 from .test_summary import joined, metrics_of, printed
 
@@ -82,7 +83,7 @@ def metrics() -> dict[str, Any]:
 
 
 def shown(metrics: dict[str, Any]) -> str:
-    return joined(printed(Group(*(part for part in evidence(metrics) if part is not None))))
+    return joined(printed(Group(*map(facts_table, evidence(metrics)))))
 
 
 def test_the_headline_stands_beside_its_controls(metrics: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def test_what_is_not_there_is_left_out(metrics: dict[str, Any], missing: str, he
 
 def test_nothing_at_all() -> None:
     old = metrics_of((A, B))  # of a version that wrote none of it
-    assert [part for part in evidence(old) if part is not None] == []
+    assert evidence(old) == []
     assert (beside(old), seeds(old)) == ("", "")
 
 
@@ -181,4 +182,4 @@ def test_long_names_fit(metrics: dict[str, Any]) -> None:
         (B, "vit_small_patch14/blocks.10.attn@mean"),
     ):
         text = text.replace(site, name)
-    printed(Group(*(part for part in evidence(eval(text)) if part is not None)))  # no line is wider than 80
+    printed(Group(*map(facts_table, evidence(eval(text)))))  # no line is wider than 80

@@ -1,4 +1,4 @@
-"""What a run's figures stand beside, in the terminal: controls, reference, tax, fidelity; at most 80 columns wide.
+"""What a run's figures stand beside, as tables: controls, reference, tax, fidelity.
 
 Everything is read from the content of `metrics.json`; what is not there is left out.
 """
@@ -9,10 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from .facts import Facts
 from .r2_table import finite, short
 
 Metrics = Mapping[str, Any]
@@ -36,30 +33,35 @@ def seeds(metrics: Metrics) -> str:
     return f"{min(found):,}–{max(found):,} over {len(found)} seeds" if len(found) > 1 else ""
 
 
-def evidence(metrics: Metrics) -> list[RenderableType | None]:
-    """Return everything that the classes and R² stand beside, one part each."""
-    return [_alike(metrics), _controls(metrics), _tax(metrics), _fidelity(metrics), _labels(metrics)]
+def evidence(metrics: Metrics) -> list[Facts]:
+    """Return everything that the classes and R² stand beside, as far as it is there."""
+    parts = (_alike(metrics), _controls(metrics), _tax(metrics), _fidelity(metrics), _labels(metrics))
+    return [part for part in parts if part]
 
 
-def _alike(metrics: Metrics) -> Group | None:
+def _alike(metrics: Metrics) -> Facts | None:
     """Return R² beside the linear reference and what is alike without a USAE, for every ordered pair of class sites."""
     rows = metrics.get("platonic")
     if not rows or all(row["r2_ridge"] is None and row["cka"] is None for row in rows):
         return None
-    table = _grid(["code of → decoded to", "R² ± 95 %", "linear", "share", "CKA", "k-NN", "energy"])
+    facts = Facts(
+        "What is alike", ["code of → decoded to", "R² ± 95 %", "linear", "share", "CKA", "k-NN", "energy"], [], []
+    )
     shown = sorted(rows, key=lambda row: -(row["r2"] if finite(row["r2"]) else -9))[:_MOST_PAIRS]
     intervals = metrics.get("r2_interval") or {}
     for row in shown:
         ends = intervals.get(row["source"], {}).get(row["target"])
         span = f" ±{short((ends[1] - ends[0]) / 2)}" if ends and finite(ends[0]) and finite(ends[1]) else ""
-        table.add_row(
-            f"{row['source']}\n→ {row['target']}",
-            f"{short(row['r2'])}{span}",
-            short(row["r2_ridge"]),
-            short(row["r2_share"]),
-            _with_null(row["cka"], row["cka_null"]),
-            _with_null(row["mutual_knn"], row["mutual_knn_null"]),
-            short(row["universal_energy"]),
+        facts.rows.append(
+            [
+                f"{row['source']}\n→ {row['target']}",
+                f"{short(row['r2'])}{span}",
+                short(row["r2_ridge"]),
+                short(row["r2_share"]),
+                _with_null(row["cka"], row["cka_null"]),
+                _with_null(row["mutual_knn"], row["mutual_knn_null"]),
+                short(row["universal_energy"]),
+            ]
         )
     similarity = metrics.get("similarity")
     said = "linear: ridge regression, share: of it reached; energy: the target's in universal latents"
@@ -70,31 +72,32 @@ def _alike(metrics: Metrics) -> Group | None:
         )
     left = len(rows) - len(shown)
     more = f"; the {left} other pairs are in metrics.json" if left else ""
-    return Group(Text("What is alike", style="bold"), table, Text(said + more, style="dim"))
+    facts.notes.append(said + more)
+    return facts
 
 
-def _controls(metrics: Metrics) -> Group | None:
+def _controls(metrics: Metrics) -> Facts | None:
     nulls, trained = metrics.get("nulls", []), metrics.get("controls", {})
     if not trained:
         return None
     sites = metrics["class_sites"]
-    table = _grid(["universal latents", "", "of live", "cross-R²"])
-    stable = metrics.get("stability", {})
+    facts = Facts("Controls", ["universal latents", "", "of live", "cross-R²"], [], [])
+    rows, stable = facts.rows, metrics.get("stability", {})
     own = _cross(metrics["r2"], sites)
-    table.add_row("this run", f"{metrics['counts']['universal']:,}", f"{metrics['n_live']:,}", own)
+    rows.append(["this run", f"{metrics['counts']['universal']:,}", f"{metrics['n_live']:,}", own])
     if len(stable.get("universal", [])) > 1:
         spans = [f"{min(stable[key]):,}–{max(stable[key]):,}" for key in ("universal", "live")]
-        table.add_row(f"{len(stable['universal'])} seeds", *spans, "")
+        rows.append([f"{len(stable['universal'])} seeds", *spans, ""])
     for null in nulls:
-        table.add_row(f"{_null_name(null)}, at evaluation", _mean(null["universal"]), f"{metrics['n_live']:,}", "")
+        rows.append([f"{_null_name(null)}, at evaluation", _mean(null["universal"]), f"{metrics['n_live']:,}", ""])
     for name, control in trained.items():
         cross = _cross(control["r2"], control["sites"])
-        table.add_row(name, f"{control['counts']['universal']:,}", f"{control['n_live']:,}", cross)
+        rows.append([name, f"{control['counts']['universal']:,}", f"{control['n_live']:,}", cross])
     matched = metrics.get("posthoc", [])
     for found in matched:
-        rows = "held-out" if found["matched_on"] == "holdout" else "training"
-        name = f"independent SAEs, matched on {rows} rows"
-        table.add_row(name, f"{found['counts']['universal']:,}", f"{found['n_pairs']:,} pairs", "")
+        matched_on = "held-out" if found["matched_on"] == "holdout" else "training"
+        name = f"independent SAEs, matched on {matched_on} rows"
+        rows.append([name, f"{found['counts']['universal']:,}", f"{found['n_pairs']:,} pairs", ""])
     equal = f"firing entropy ≥ {short(metrics['thresholds']['entropy'])} alone: {metrics['n_equal_rates']:,}"
     shuffled = [found["null"] for found in matched if finite(found["null"])]
     if shuffled:
@@ -106,16 +109,16 @@ def _controls(metrics: Metrics) -> Group | None:
             f"; found again with another seed (cosine ≥ .7 in all decoders): {shares}, median cosine of the matched "
             f"{medians}"
         )
-    return Group(Text("Controls", style="bold"), table, Text(equal, style="dim"))
+    facts.notes.append(equal)
+    return facts
 
 
-def _tax(metrics: Metrics) -> Group | None:
+def _tax(metrics: Metrics) -> Facts | None:
     independent, tax = metrics.get("independent_r2"), metrics.get("alignment_tax")
     if not independent or not tax:
         return None
-    table = _grid(["held-out R² of itself", "USAE", "SAE", "tax", "SAE", "tax", "SAE", "tax"])
-    names = ("", "", "steps", "", "updates", "", "n/M", "")
-    table.add_row(*(Text(name, style="dim") for name in names))
+    lengths = ("SAE\nsteps", "tax", "SAE\nupdates", "tax", "SAE\nn/M", "tax")
+    facts = Facts("Alignment tax", ["held-out R² of itself", "USAE", *lengths], [], [])
     for site in metrics["sites"]:
         steps = independent.get("steps", {}).get(site)
         own = steps["mean"] - tax["steps"][site]["mean"] if steps else metrics["r2"][site][site]
@@ -123,25 +126,25 @@ def _tax(metrics: Metrics) -> Group | None:
         for kind in ("steps", "encoder", "parts"):
             found = independent.get(kind, {}).get(site)
             cells += [_three(found["mean"]), _three(tax[kind][site]["mean"])] if found else ["–", "–"]
-        table.add_row(site, *cells)
+        facts.rows.append([site, *cells])
     n = next(iter(next(iter(tax.values())).values()))["n"]
     said = f"independent SAEs: as many steps, as many encoder updates, n_latents / M each; mean of {n} seed"
     counterparts = metrics.get("counterparts") or {}
     shares = ", ".join(f"{site} {short(c['share'])} (random {short(c['random'])})" for site, c in counterparts.items())
-    lines = [Text(f"{said}{'' if n == 1 else 's'}", style="dim")]
+    facts.notes.append(f"{said}{'' if n == 1 else 's'}")
     if shares:
-        lines.append(Text(f"their latents with a universal counterpart (cosine ≥ .7): {shares}", style="dim"))
-    return Group(Text("Alignment tax", style="bold"), table, *lines)
+        facts.notes.append(f"their latents with a universal counterpart (cosine ≥ .7): {shares}")
+    return facts
 
 
-def _fidelity(metrics: Metrics) -> Group | None:
+def _fidelity(metrics: Metrics) -> Facts | None:
     found = metrics.get("fidelity")
     if not found:
         return None
     sites = metrics["class_sites"]
-    table = _grid(["code of ↓ in the place of →", *(_short_name(site, len(sites)) for site in sites)])
+    facts = Facts("Fidelity in the live models", ["code of ↓ in the place of →", *sites], [], [])
     for source in sites:
-        table.add_row(source, *(_recovered(found, source, target) for target in sites))
+        facts.rows.append([source, *(_recovered(found, source, target) for target in sites)])
     denominators = [
         f"{site} {short(found['kl_mean'].get(site))} nats, {short(found['top1_mean'].get(site))}"
         for site in sites
@@ -150,7 +153,7 @@ def _fidelity(metrics: Metrics) -> Group | None:
     said = f"share of the output recovered over mean ablation: KL (top-1), {found['n_images']:,} held-out images"
     if denominators:
         said += f"; mean ablation: {'; '.join(denominators)} top-1 agreement"
-    lines = [Text(said, style="dim")]
+    facts.notes.append(said)
     if n := sum(finite(one["correlation"]) for one in found["latents"]):
         medians, together = found["medians"], sum(finite(one["both_firing"]) for one in found["latents"])
         said = (
@@ -160,11 +163,11 @@ def _fidelity(metrics: Metrics) -> Group | None:
         )
         if together:
             said += f"; of {together}, over images in which both fire, at {short(medians['both_firing'])}"
-        lines.append(Text(said, style="dim"))
-    return Group(Text("Fidelity in the live models", style="bold"), table, *lines)
+        facts.notes.append(said)
+    return facts
 
 
-def _labels(metrics: Metrics) -> Text | None:
+def _labels(metrics: Metrics) -> Facts | None:
     found = metrics.get("labels")
     if not found or not finite(found["bound"]):
         return None
@@ -174,7 +177,7 @@ def _labels(metrics: Metrics) -> Text | None:
             f" Of {found['n_agreement']:,} universal latents {100 * found['agreement']:.0f} % have the same best label "
             f"in all models ({100 * found['agreement_chance']:.0f} % by chance)."
         )
-    return Text(said, style="dim")
+    return Facts("", [], [], [said])
 
 
 def _recovered(found: Metrics, source: str, target: str) -> str:
@@ -221,17 +224,3 @@ def _three(value: float | None) -> str:
 
 def _with_null(value: float | None, null: float | None) -> str:
     return f"{short(value)} ({short(null)})" if finite(value) and finite(null) else short(value)
-
-
-def _short_name(site: str, n: int) -> str:
-    longest = max(10, 44 // n)
-    return site if len(site) <= longest else f"…{site[-(longest - 1) :]}"
-
-
-def _grid(headings: Sequence[str]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    for _ in headings[1:]:
-        table.add_column(justify="right", no_wrap=True)
-    table.add_row(*(Text(heading, style="dim") for heading in headings))
-    return table

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from .evidence import beside, evidence, seeds
 from .r2_table import finite, r2_matrix, short
-from .tables import classes_and_entropy, strongest_latents
+from .tables import classes_and_entropy, facts_table, strongest_latents
 
 WIDTH = 80
 
@@ -34,13 +34,14 @@ def run_summary(
         files: where the results are, by what they are.
         hint: what to try next, said last.
     """
+    said = answer(overview, metrics)
     parts: list[RenderableType | None] = [
-        Group(_answer(overview, metrics), _setting(overview, metrics)),
+        Group(Text.assemble((said[0], "bold"), " ", said[1]), Text(setting(overview, metrics), style="dim")),
         r2_matrix(metrics, WIDTH),
         classes_and_entropy(metrics),
-        *evidence(metrics),
+        *map(facts_table, evidence(metrics)),
         strongest_latents(metrics),
-        _cam(overview.get("cam")),
+        Text.assemble(("CAM:", "bold"), f" {pictures_said(cam)}") if (cam := overview.get("cam")) else None,
         file_table(files) if files else None,
         Text(hint) if hint else None,
     ]
@@ -62,7 +63,8 @@ def file_table(files: Mapping[str, Path]) -> Table:
 # --- what was compared, in words ---
 
 
-def _answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
+def answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Answer the question in two sentences: what is shared, and what one model's code explains of another."""
     names = [
         model if entry["name"] in ("", model) else f"{model} ({entry['name']})"
         for model, entry in overview["models"].items()
@@ -80,7 +82,7 @@ def _answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
             f"{f' ({spread})' if spread else ''}: {verb} in {all_of_them}, on the same images"
             f"{f' {controls}' if controls else ''}."
         )
-    return Text.assemble((sharing, "bold"), " ", _explained(metrics))
+    return sharing, _explained(metrics)
 
 
 def _explained(metrics: Mapping[str, Any]) -> str:
@@ -109,7 +111,8 @@ def _beside_linear(metrics: Mapping[str, Any], source: str, target: str) -> str:
     return f"{share} (a linear map {short(linear)})" if finite(linear) else share
 
 
-def _setting(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
+def setting(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Say of how many images, sites and latents: lines that fit the screen."""
     images = overview["images"]
     train, validation, holdout = (images[split] for split in ("train", "validation", "holdout"))
     total = _many(train + validation + holdout, "image")
@@ -122,12 +125,11 @@ def _setting(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Text:
             lines[-1] += f" · {part}"
         else:
             lines.append(part)
-    return Text("\n".join(lines), style="dim")
+    return "\n".join(lines)
 
 
-def _cam(cam: Mapping[str, Any] | None) -> Text | None:
-    if not cam:
-        return None
+def pictures_said(cam: Mapping[str, Any]) -> str:
+    """Say what became of the pictures."""
     modes, parts = cam["modes_counted"], []
     images = f"{cam['n_natural']:,} {cam['unit']}"
     for mode in ("independent", "contrast"):
@@ -145,7 +147,7 @@ def _cam(cam: Mapping[str, Any] | None) -> Text | None:
     if cam["verdicts"]:
         verdicts = ", ".join(f"{n:,} {judgement}" for judgement, n in cam["verdicts"].items() if n)
         parts.append(f"verdicts: {verdicts}")
-    return Text.assemble(("CAM:", "bold"), f" {'; '.join(parts)}")
+    return "; ".join(parts)
 
 
 def _share(value: float | None) -> str:

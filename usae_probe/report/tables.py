@@ -1,4 +1,4 @@
-"""Tables about the latents of a run: firing entropy, the six classes, the strongest latents."""
+"""Tables in the terminal: facts, firing entropy, the six classes, the strongest latents."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..sites import model_of
+from .facts import Facts
 from .r2_table import finite, short
 
 _BAR = 16
 _SOLID = "not dim #56B4E9"
 _SHOWN = 8
 _MOST_SITES = 4  # with more, a latent's numbers are given as ranges over the models
-_MEANING = {
+MEANING = {
     "universal": "fires in all models, on the same images",
     "partial": "shared by some models, or at unequal rates",
     "chance": "fires in several models, not on the same images",
@@ -25,6 +26,28 @@ _MEANING = {
     "rare": "fires in too few held-out images to tell",
     "dead": "never fires",
 }
+
+
+def facts_table(facts: Facts) -> Group:
+    """Return facts as they stand in the terminal."""
+    parts: list[RenderableType] = [Text(facts.title, style="bold")] if facts.title else []
+    if facts.rows:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(overflow="fold")
+        room = max(10, 44 // max(len(facts.headings) - 1, 1))
+        for _ in facts.headings[1:]:
+            table.add_column(justify="right", no_wrap=True)
+        headings = [facts.headings[0], *(_cut(heading, room) for heading in facts.headings[1:])]
+        table.add_row(*(Text(heading, style="dim") for heading in headings))
+        for row in facts.rows:
+            table.add_row(*map(Text, row))
+        parts.append(table)
+    return Group(*parts, *(Text(note, style="dim") for note in facts.notes))
+
+
+def _cut(heading: str, room: int) -> str:
+    """Leave out the beginning of lines that are too long: of two sites the layers tell more than the models."""
+    return "\n".join(line if len(line) <= room else f"…{line[-(room - 1) :]}" for line in heading.split("\n"))
 
 
 def classes_and_entropy(metrics: Mapping[str, Any]) -> RenderableType:
@@ -47,7 +70,7 @@ def _classes(metrics: Mapping[str, Any]) -> Group:
     table.add_column()
     for name, n in metrics["counts"].items():
         strong = "bold" if name == "universal" else ""
-        table.add_row(Text(name, style=strong), Text(f"{n:,}", style=strong), Text(_MEANING[name]))
+        table.add_row(Text(name, style=strong), Text(f"{n:,}", style=strong), Text(MEANING[name]))
     if metrics["n_split"]:
         table.add_row("└ split", f"{metrics['n_split']:,}", "specific ones, but one concept held by two latents")
     over = f"  over {', '.join(metrics['class_sites'])}"
