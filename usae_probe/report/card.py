@@ -116,7 +116,7 @@ class Card:
 
 def latent_card(card: Card, path: Path) -> None:
     """Draw the card of a latent as PNG: models side by side."""
-    save(_card(card).figure, path)
+    save(_card(card).figure, path, vector=False)
 
 
 def _card(card: Card) -> Page:

@@ -16,7 +16,7 @@ from ..probes.scan import ScanReport
 from ..split import spoken
 from ..usae import sources_of
 from .heat_maps import Layout, Panel, matrices
-from .style import cycle, new_figure, percent, save, short
+from .style import add_caption, cycle, new_figure, percent, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,16 +92,23 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for colour, site in zip(cycle(len(sites)), sites, strict=True):
         _loss_lines(left, history, site, colour)
         _validation_lines(right, [record for record in history if record["r2"]], site, sites, colour)
-    left.set(xlabel="step", ylabel="normalised MSE", title="Loss by target site (1 = predicting the mean)")
-    right.set(xlabel="step", ylabel="R²", title="R² on validation rows, by target site")
+    left.set(xlabel="step", ylabel="normalised MSE", title="Loss by target site")
+    right.set(xlabel="step", ylabel="R²", title="R² on validation rows by target site")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     _legend(figure, sites, columns, aligned=bool(aligned))
+    figure.set_label("Training")
+    rows = "R² is of validation rows, which training never sees. " if any(record["r2"] for record in history) else ""
+    add_caption(
+        figure,
+        f"Loss of training batches, {len(history):,} records of {max((r['step'] for r in history), default=0):,} steps. "
+        f"{rows}Who predicts the mean of every dimension has a loss of 1 and R² = 0.",
+    )
     save(figure, path)
 
 
 def _legend(figure: Figure, sites: Sequence[str], columns: int, *, aligned: bool) -> None:
-    """Put one legend under both panels: a colour per site, a style per code."""
+    """Put one legend over both panels: a colour per site, a style per code."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -114,7 +121,7 @@ def _legend(figure: Figure, sites: Sequence[str], columns: int, *, aligned: bool
     if aligned:
         entries.append(Patch(color="0.92", label="alignment warm-up"))
     if entries:
-        figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+        figure.legend(handles=entries, loc="outside upper center", ncols=columns, fontsize=7, frameon=False)
 
 
 def _loss_lines(axis: Axes, history: Sequence[Mapping[str, Any]], site: str, colour: str) -> None:

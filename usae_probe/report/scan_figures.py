@@ -13,7 +13,7 @@ from ..sites import file_stem, layer_of
 from ..usae import Matrix
 from .figures import rows_measured
 from .heat_maps import Layout, Panel, Small, heat_map
-from .style import WIDE, captioned, cycle, plain, save, short
+from .style import WIDE, captioned, cycle, plain, remove, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,14 +23,14 @@ _CELL = 0.56  # inches, of a heat map with many layers
 
 
 def scan_figures(report: ScanReport, folder: Path) -> list[Path]:
-    """Draw what a scan has data for, a PNG each; those that an earlier scan drew are removed.
+    """Draw what a scan has data for, a PNG and an SVG each; those that an earlier scan drew are removed.
 
     Returns:
-        The files, heat maps first.
+        The PNGs, heat maps first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("scan-*.png"):
-        left.unlink()
+        remove(left)
     paths = []
     models = list(report.models)
     for one, other in combinations(models, 2) if len(models) > 1 else [(models[0], models[0])]:

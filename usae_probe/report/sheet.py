@@ -68,7 +68,7 @@ def cam_sheet(columns: Sequence[SheetColumn], sites: Sequence[str], path: Path) 
         sites: the rows, in order, `joint` too; a column may lack some.
         path: of the PNG file.
     """
-    save(_sheet(columns, sites), path)
+    save(_sheet(columns, sites), path, vector=False)
 
 
 def _sheet(columns: Sequence[SheetColumn], sites: Sequence[str]) -> Figure:

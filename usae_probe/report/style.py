@@ -41,12 +41,29 @@ def new_figure(size: tuple[float, float], dpi: int = DPI, layout: str = "constra
     return Figure(figsize=size, dpi=dpi, layout=layout)  # type: ignore[arg-type]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically; drawn once, where `savefig` draws twice: there are figures of 400 cells."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def save(figure: Figure, path: Path, *, vector: bool = True) -> None:
+    """Write a figure as PNG, atomically, and beside it as SVG unless it is all pictures; title and caption go with it.
 
+    Each is drawn once, where `savefig` draws twice: there are figures of 400 cells.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    said = {"Title": figure.get_suptitle() or figure.get_label(), "Description": figure.get_supxlabel()}
+    said = {key: " ".join(text.replace(r"\$", "$").split()) for key, text in said.items() if text}
     with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata=said)  # type: ignore[no-untyped-call]
+    if vector:
+        # The same figure is the same bytes: no date, and names of its parts that are not drawn by chance.
+        with rc_context({"svg.hashsalt": "usae-probe"}), replacing(path.with_suffix(".svg")) as temporary:
+            FigureCanvasSVG(figure).print_svg(str(temporary), metadata={**said, "Date": None})
+
+
+def remove(path: Path) -> None:
+    """Remove what `save` wrote, if it is there."""
+    for suffix in (".png", ".svg"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def captioned(width: float, height: float, title: str, caption: str) -> Figure:
@@ -61,8 +78,20 @@ def captioned(width: float, height: float, title: str, caption: str) -> Figure:
     lines = _wrapped(caption, width - 0.25)
     figure = new_figure((width, height + 0.35 + 0.165 * len(lines) + 0.1))
     figure.suptitle(plain(title), fontsize=11)
-    figure.supxlabel(plain("\n".join(lines)), x=0.1 / width, ha="left", fontsize=CAPTION, color="0.25")
+    _caption(figure, lines, width)
     return figure
+
+
+def add_caption(figure: Figure, caption: str) -> None:
+    """Make a figure higher by a caption below all that is in it."""
+    width, height = figure.get_size_inches()
+    lines = _wrapped(caption, width - 0.25)
+    figure.set_size_inches(width, height + 0.165 * len(lines) + 0.05)
+    _caption(figure, lines, width)
+
+
+def _caption(figure: Figure, lines: list[str], width: float) -> None:
+    figure.supxlabel(plain("\n".join(lines)), x=0.1 / width, ha="left", fontsize=CAPTION, color="0.25")
 
 
 def _wrapped(caption: str, width: float) -> list[str]:

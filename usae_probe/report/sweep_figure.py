@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .style import cycle, new_figure, save
+from .style import add_caption, cycle, new_figure, save
 from .sweep import rows_measured, shown_key, shown_value
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def sweep_figure(data: Mapping[str, Any], path: Path) -> None:
 
     Args:
         data: the content of `sweep.json`.
-        path: of the PNG.
+        path: of the PNG; an SVG goes beside it.
     """
     panels = [panel for panel in _PANELS if any(row[panel[0]] for row in data["combinations"])]
     data = {**data, "keys": sorted(data["keys"], key=lambda key: _is_constant(key, data))}
@@ -65,8 +65,9 @@ def sweep_figure(data: Mapping[str, Any], path: Path) -> None:
             axis.set_ylim(-0.03 * top, top)
     if len(lines) > 1 and handles:
         columns = max(1, int(9.0 / (0.6 + 0.06 * max(map(len, lines)))))
-        figure.legend(handles, list(lines), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    figure.suptitle(_caption(data), fontsize=9)
+        figure.legend(handles, list(lines), loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+    figure.set_label("Sweep")
+    add_caption(figure, _caption(data))
     save(figure, path)
 
 

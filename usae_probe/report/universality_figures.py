@@ -26,6 +26,7 @@ from .style import (
     number,
     percent,
     plain,
+    remove,
     save,
     short,
     text_width,
@@ -50,17 +51,17 @@ def universality_figures(report: UniversalityReport, folder: Path) -> list[Path]
 
     Args:
         report: what an evaluation found.
-        folder: where the PNGs go.
+        folder: where the PNGs go, and an SVG beside each.
 
     Returns:
-        The files that are there now, the R² matrix first.
+        The PNGs that are there now, the R² matrix first.
     """
     r2_matrix(report, folder / "r2.png")
     paths = [folder / "r2.png"]
     for name, draw in FIGURES.items():
         path, figure = folder / f"{name}.png", draw(report)
         if figure is None:
-            path.unlink(missing_ok=True)
+            remove(path)
         else:
             save(figure, path)
             paths.append(path)
