@@ -99,9 +99,10 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     _legend(figure, sites, columns, aligned=bool(aligned))
     figure.set_label("Training")
     rows = "R² is of validation rows, which training never sees. " if any(record["r2"] for record in history) else ""
+    steps = max((record["step"] for record in history), default=0)
     add_caption(
         figure,
-        f"Loss of training batches, {len(history):,} records of {max((r['step'] for r in history), default=0):,} steps. "
+        f"Loss of training batches, {len(history):,} records of {steps:,} steps. "
         f"{rows}Who predicts the mean of every dimension has a loss of 1 and R² = 0.",
     )
     save(figure, path)

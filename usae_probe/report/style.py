@@ -50,14 +50,16 @@ def save(figure: Figure, path: Path, *, vector: bool = True) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    said = {"Title": figure.get_suptitle() or figure.get_label(), "Description": figure.get_supxlabel()}
-    said = {key: " ".join(text.replace(r"\$", "$").split()) for key, text in said.items() if text}
+    title = figure.get_suptitle() or str(figure.get_label())
+    texts = {"Title": title, "Description": figure.get_supxlabel()}
+    said = {key: " ".join(text.replace(r"\$", "$").split()) for key, text in texts.items() if text}
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary), metadata=said)  # type: ignore[no-untyped-call]
     if vector:
         # The same figure is the same bytes: no date, and names of its parts that are not drawn by chance.
         with rc_context({"svg.hashsalt": "usae-probe"}), replacing(path.with_suffix(".svg")) as temporary:
-            FigureCanvasSVG(figure).print_svg(str(temporary), metadata={**said, "Date": None})
+            canvas = FigureCanvasSVG(figure)
+            canvas.print_svg(str(temporary), metadata={**said, "Date": None})  # type: ignore[no-untyped-call]
 
 
 def remove(path: Path) -> None:
