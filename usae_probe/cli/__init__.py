@@ -30,6 +30,7 @@ for _command in (
     scan.scan,
     stages.demo,
     stages.cam,
+    stages.report,
     models.adapters,
     models.layers,
 ):

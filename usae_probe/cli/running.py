@@ -43,7 +43,7 @@ def do_stages(
     def screen() -> Any:
         if result.metrics is None:
             return file_table(files)
-        return run_summary(doing.overview(result), result.metrics, files, hint=hint)
+        return run_summary(doing.overview(result.metrics, result.cam), result.metrics, files, hint=hint)
 
     show(as_json, _result_dict(result, files), screen)
 
@@ -70,6 +70,8 @@ def _files(folder: Path, result: RunResult) -> dict[str, Path]:
         names = {"measures": "metrics.json", "latents": "latents.csv", "figures": "figures", **names}
     if result.cam is not None:
         names = {"pictures": result.cam["sheets"][0], **names}
+    if any(stage.stage == "report" for stage in result.stages):
+        names = {"page": "report.html", **names}
     return {what: folder / name for what, name in names.items()}
 
 

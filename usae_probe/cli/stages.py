@@ -1,4 +1,4 @@
-"""Commands that do stages of a run: run, harvest, train, evaluate, demo, cam."""
+"""Commands that do stages of a run: run, harvest, train, evaluate, demo, cam, report."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def run(config: Config, out: Out = None, as_json: Json = False) -> None:
-    """Do all stages: harvest, train, evaluate (and cam, with a [cam] table). Finished ones are kept, also of a run that
-    was interrupted. Under torchrun all processes train."""
+    """Do all stages: harvest, train, evaluate, report (and cam, with a [cam] table). Finished ones are kept, also of a
+    run that was interrupted. Under torchrun all processes train."""
     _stages(config, out, as_json, None)
 
 
@@ -85,7 +85,8 @@ def cam(
         from ..config import settled
         from ..pipeline import RunRecord
 
-        config = RunRecord(run_dir).config()
+        record = RunRecord(run_dir)
+        config = record.config()
         options = {
             "latents": latents,
             "modes": None if mode is None else [part.strip() for part in mode.split(",")],
@@ -98,7 +99,31 @@ def cam(
         }
         (pictures,) = settled((config.cam,), {key: value for key, value in options.items() if value is not None})
         changed = config.model_copy(update={"cam": pictures})
-        do_stages(changed, run_dir, as_json, ("cam",))
+        # A page that is there shows the new pictures, too.
+        do_stages(changed, run_dir, as_json, ("cam", "report") if record.finished("report") else ("cam",))
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run.")],
+    cards: Annotated[
+        int | None,
+        typer.Option("--cards", min=0, help="Latents with images in the page (200): each adds some 100 kB."),
+    ] = None,
+    scan: Annotated[
+        Path | None,
+        typer.Option("--scan", metavar="SCAN_DIR", help="Scan that the page shows; default: RUN_DIR-scan, if there."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.html: all that was found in one page that opens from disk, with a card for every latent worth one."""
+    with guard(as_json, str(run_dir)):
+        from ..config import settled
+        from ..pipeline import RunRecord
+
+        config = RunRecord(run_dir).config()
+        options = {"cards": cards, "scan": None if scan is None else str(scan.resolve())}
+        (page,) = settled((config.report,), {key: value for key, value in options.items() if value is not None})
+        do_stages(config.model_copy(update={"report": page}), run_dir, as_json, ("report",))
 
 
 def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...] | None) -> None:

@@ -2,6 +2,7 @@
 
 from .cam import CamConfig, CamMode
 from .checks import checked, settled
+from .report import ReportConfig
 from .run import RunConfig, default_of, documented_keys
 from .scan import ScanConfig, ScanStrategy
 from .tables import (
@@ -22,6 +23,7 @@ __all__ = [
     "ImagesConfig",
     "ModelConfig",
     "ProbesConfig",
+    "ReportConfig",
     "RunConfig",
     "ScanConfig",
     "ScanStrategy",

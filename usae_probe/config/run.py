@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..sites import Site, check_model_name
 from .cam import CamConfig
 from .checks import checked, field_at
+from .report import ReportConfig
 from .scan import ScanConfig
 from .sparsities import check_used
 from .tables import (
@@ -42,6 +43,7 @@ class RunConfig(Table):
     probes: ProbesConfig = ProbesConfig()
     cam: CamConfig = CamConfig()
     scan: ScanConfig = ScanConfig()
+    report: ReportConfig = ReportConfig()
     _base: Path = PrivateAttr(default_factory=Path.cwd)
     _file: Path | None = PrivateAttr(default=None)
 

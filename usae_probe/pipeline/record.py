@@ -86,6 +86,11 @@ class RunRecord:
         """Return what `finish` was told about a finished stage."""
         return {key: value for key, value in self._data["stages"][stage].items() if key not in _OF_ALL_STAGES}
 
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The content of `run.json`, as it is written after each stage."""
+        return self._data
+
     def config(self) -> RunConfig:
         """Return the config of the run.
 

@@ -21,13 +21,14 @@ from ..probes import UniversalityReport, one_site_per_model
 from ..split import SPLITS
 from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, warn_without_bottleneck
 from .buffers import discard_other_buffer, train_along
+from .explorer import ReportStage
 from .measuring import measure
 from .models import attach_all
 from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
 from .source import demand_same_images, labelled_source, labels_of
-from .stages import MEASURING, RESULTS, STAGES, Stage, earlier
+from .stages import RESULTS, STAGES, Stage, earlier
 from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
 
 
@@ -61,7 +62,7 @@ class Run:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """What `run` does by default: all stages, the pictures only when the config has a `[cam]` table."""
-        return STAGES if "cam" in self.config.model_fields_set else MEASURING
+        return tuple(stage for stage in STAGES if stage != "cam" or "cam" in self.config.model_fields_set)
 
     def run(self, stages: tuple[Stage, ...] | None = None) -> RunResult:
         """Do `stages` in order; a single later stage needs the earlier ones' results in the folder.
@@ -160,8 +161,14 @@ class Run:
             return result
         self._announce((stage, because))
         started = time.perf_counter()
-        doing = {"harvest": self._harvest, "train": self._train, "evaluate": self._evaluate, "cam": self._cam}[stage]
-        end = doing() or StageEnd()
+        doing: dict[Stage, Callable[[], StageEnd | None]] = {
+            "harvest": self._harvest,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "cam": self._cam,
+            "report": self._write_page,
+        }
+        end = doing[stage]() or StageEnd()
         result = StageResult(stage, kept=False, seconds=time.perf_counter() - started, why=because, note=end.note)
         self._record.finish(stage, self.config, result.seconds, end.about)
         self._announce(result)
@@ -248,9 +255,9 @@ class Run:
             self.config, self.folder, self.usae(), self.buffer(), attached=self._attached, progress=self._progress
         )
 
-    def overview(self, result: RunResult) -> dict[str, Any]:
+    def overview(self, metrics: Mapping[str, Any], cam: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what an evaluated run compared, for its summary: models with their sites, images, sizes, pictures."""
-        metrics, buffer = result.metrics or {}, self.buffer()
+        buffer = self.buffer()
         models = {
             name: {"name": entry.name, "sites": [s for s in metrics.get("sites", []) if s.startswith(f"{name}/")]}
             for name, entry in self.config.models.items()
@@ -258,7 +265,7 @@ class Run:
         images: dict[str, Any] = {"source": self.config.images.source}
         images |= {split: buffer.n_images(split) for split in SPLITS}
         usae = self.config.usae
-        return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": result.cam}
+        return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": cam}
 
     def buffer(self) -> ActivationBuffer:
         """Open the run's buffer."""
@@ -276,6 +283,15 @@ class Run:
                 attach_all(self.config, closing),
                 progress=lambda p: self._progress(Progress("cam", p.done, p.total, "steps", p.site)),
             )
+
+    def _write_page(self) -> StageEnd:
+        stage = ReportStage(self.config, self.folder)
+        cam = self._json("cam/cam.json") if self._is_done("cam") else None
+        about = self.overview(stage.metrics, cam)
+        note = stage.do(
+            self.usae(), self.buffer(), about, self._record.data, attached=self._attached, progress=self._progress
+        )
+        return StageEnd(note)
 
     def _json(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))

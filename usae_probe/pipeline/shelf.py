@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,7 @@ class Shelf:
 
     def load(self, latent: int) -> list[CamPicture]:
         """Return the pictures of a latent that there are; what is damaged can be made again."""
-        try:
-            record = json.loads(self.json(latent).read_text(encoding="utf-8"))
-            if record["schema"] != SCHEMA or record["made_from"] != self.made_from:
-                return []
-            with np.load(self.npz(latent)) as arrays:
-                pixels = {name: arrays[name] for name in arrays.files}
-            return [
-                CamPicture.from_dict(entry, pixels[entry["array"]][entry["restart"]]) for entry in record["pictures"]
-            ]
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
-            return []
+        return _load(self.json(latent), lambda made_from: bool(made_from == self.made_from))
 
     def save(self, latent: int, pictures: Sequence[CamPicture]) -> None:
         """Replace all pictures of a latent: pixels first, so that the JSON never speaks of what is not there."""
@@ -73,6 +63,34 @@ class Shelf:
     def card(self, latent: int) -> Path:
         """Where a latent's card is."""
         return self.folder / f"{stem(latent)}.png"
+
+
+def pictures_of(folder: Path, usae: str) -> dict[int, list[CamPicture]]:
+    """Return all pictures in a folder that were made with a USAE, by latent: whatever the settings.
+
+    Args:
+        folder: `cam/` of a run folder; it need not be there.
+        usae: hash of the USAE.
+    """
+    found = {}
+    for path in sorted(folder.glob("latent-*.json")):
+        pictures = _load(path, lambda made_from: bool(made_from["usae"] == usae))
+        if pictures:
+            found[pictures[0].latent] = pictures
+    return found
+
+
+def _load(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> list[CamPicture]:
+    """Read the pictures of a latent from its JSON and the .npz beside it; none where they are damaged or not wanted."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA or not wanted(record["made_from"]):
+            return []
+        with np.load(path.with_suffix(".npz")) as arrays:
+            pixels = {name: arrays[name] for name in arrays.files}
+        return [CamPicture.from_dict(entry, pixels[entry["array"]][entry["restart"]]) for entry in record["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return []
 
 
 def stem(latent: int) -> str:

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..config import RunConfig
+from ..errors import UsageError
 from ..files import sha256
 
-Stage = Literal["harvest", "train", "evaluate", "cam"]
+Stage = Literal["harvest", "train", "evaluate", "cam", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MEASURING: tuple[Stage, ...] = STAGES[:3]
-"""What a run does when its config has no `[cam]` table: pictures are made on demand, they take a model's gradients."""
+"""The stages that later ones need; a run without a `[cam]` table does these and the report."""
 
 RESULTS: dict[Stage, tuple[str, ...]] = {
     "harvest": ("buffer/manifest.json",),
     "train": ("usae.safetensors", "usae.json", "history.jsonl"),
     "evaluate": ("metrics.json", "latents.csv"),
     "cam": ("cam/cam.json",),
+    "report": ("report.html",),
 }
 """Files without which a stage is not finished; the hash of the first stands for the result."""
 
@@ -29,6 +31,7 @@ _TABLES: dict[Stage, tuple[str, ...]] = {
     "train": ("usae", "train"),
     "evaluate": ("probes",),
     "cam": ("cam",),
+    "report": ("report",),
 }
 _ALONG = ("memory", "online", "reuse", "warmup_rows")
 """Keys of `[buffer]` that say in which order rows are trained on, and change none of them."""
@@ -37,12 +40,15 @@ _WITHOUT_EFFECT = {
     "buffer": ("verify",),
     "train": ("log_every", "kernel", "device", "tensorboard", "workers"),
     "cam": ("max_batch",),
+    "report": ("scan",),
 }
+_OF_EXEMPLARS = ("exemplars", "seed", "place")
+"""Keys of `[cam]` that say which images a latent's card shows."""
 
 
 def earlier(stage: Stage) -> tuple[Stage, ...]:
-    """Return the stages whose results a stage works on."""
-    return STAGES[: STAGES.index(stage)]
+    """Return the stages whose results a stage cannot do without."""
+    return MEASURING[: STAGES.index(stage)]
 
 
 def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], folder: Path) -> dict[str, Any]:
@@ -71,8 +77,30 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
     keys: dict[str, Any] = dict(_flatten({table: whole[table] for table in tables}))
     if "train" in tables and config.train.pairing == "label":
         keys["probes.within"] = config.probes.within
+    if stage == "report":  # it shows the pictures and the scan that there are, and needs neither
+        keys |= {f"cam.{key}": whole["cam"][key] for key in _OF_EXEMPLARS}
+        scan = scan_folder(config, folder)
+        keys |= {"the cam's result": results.get("cam"), "the scan": scan and _content(scan / "scan.json")}
     # The same keys with other pictures behind them, say.
     return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}
+
+
+def scan_folder(config: RunConfig, folder: Path) -> Path | None:
+    """Return the folder of the scan that a run's page shows; None where there is none.
+
+    Raises:
+        UsageError: when the one asked for holds no scan.
+    """
+    asked, beside = config.report.scan, folder.resolve()
+    found = config.base / Path(asked).expanduser() if asked else beside.with_name(f"{beside.name}-scan")
+    if (found / "scan.json").is_file():
+        return found
+    if not asked:
+        return None
+    raise UsageError(
+        f"report.scan names '{found}', which holds no scan: there is no scan.json in it",
+        hint="give the folder that `usae-probe scan` wrote to",
+    )
 
 
 def _content(path: Path) -> str | None:

@@ -153,7 +153,7 @@ class _Plan(Page):
         n = max((len(images) for site in sites.values() for images in (site.top, site.only, site.across)), default=0)
         self.block = max(n * (_IMAGE + _GAP) - _GAP, _CAM + 0.55 + 1.6)
         width = _LEFT + len(sites) * (self.block + _BETWEEN) - _BETWEEN + 0.15
-        self.said = textwrap.wrap(_said(verdict), int(width * 13.5))
+        self.said = textwrap.wrap(said(verdict), int(width * 13.5))
         self.names_top = 0.42 + 0.17 * len(self.said)
         folded = max(len(textwrap.wrap(site, int(self.block / 0.085))) for site in sites)
         top = self.names_top + 0.08 + 0.16 * folded
@@ -271,7 +271,8 @@ def _score(picture: CamPicture, site: str) -> str:
     return f"{place}   {number(score.score, 1)} σ   {percent(score.transfer)}{'   +' if score.selected else ''}"
 
 
-def _said(verdict: Verdict | None) -> str:
+def said(verdict: Verdict | None) -> str:
+    """Spell a verdict with what it rests on; nothing for one model."""
     if verdict is None:
         return ""
     failing = verdict.n_pictures - verdict.n_transferring

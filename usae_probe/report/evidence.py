@@ -21,10 +21,15 @@ def beside(metrics: Metrics) -> str:
 
     `(shuffled 0, within class 78, mispaired 5, untrained 63)`.
     """
+    said = said_of_nulls(metrics)
+    return f"({', '.join(said)})" if said else ""
+
+
+def said_of_nulls(metrics: Metrics) -> list[str]:
+    """Say of each null and control how many latents are universal there: `shuffled 0`, `untrained 63`."""
     said = [f"{_null_name(null)} {_mean(null['universal'])}" for null in metrics.get("nulls", [])]
     trained = metrics.get("controls", {})
-    said += [f"{name} {control['counts']['universal']:,}" for name, control in _less(trained).items()]
-    return f"({', '.join(said)})" if said else ""
+    return said + [f"{name} {control['counts']['universal']:,}" for name, control in _less(trained).items()]
 
 
 def seeds(metrics: Metrics) -> str:

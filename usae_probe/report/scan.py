@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -72,27 +73,39 @@ def scan_summary(data: Mapping[str, Any], files: Mapping[str, Path], blocks: Map
 
 
 def _headline(data: Mapping[str, Any], blocks: Mapping[str, int]) -> Text:
-    sizes = " × ".join(_size(model, len(sites), blocks.get(model, 0)) for model, sites in data["models"].items())
+    sizes, *said, rows = scan_said(data, blocks)
+    lines = [line for sentence in said for line in textwrap.wrap(sentence, WIDTH)]
+    body = "".join(f"{line}\n" for line in lines)
+    return Text.assemble(("Scan", "bold"), f"  {sizes}\n{body}", (textwrap.fill(rows, WIDTH), "dim"))
+
+
+def scan_said(data: Mapping[str, Any], blocks: Mapping[str, int]) -> list[str]:
+    """Say of which layers a scan is, what it found, sentence by sentence, and on how many rows.
+
+    Args:
+        data: the content of `scan.json`.
+        blocks: how many blocks each model has, as far as known.
+    """
+    said = [" × ".join(_size(model, len(sites), blocks.get(model, 0)) for model, sites in data["models"].items())]
     best = max((row for row in data["best_matches"] if finite(row.get("r2"))), key=lambda row: row["r2"], default=None)
-    lines: list[str | tuple[str, str]] = [("Scan", "bold"), f"  {sizes}\n"]
     if best:
         linear = f" (a linear map {short(best['linear'])})" if finite(best.get("linear")) else ""
-        lines.append(f"{best['target']} is the layer best explained from another model: by\n")
-        lines.append(f"{best['source']}'s code R² {short(best['r2'])}{linear}.\n")
+        said.append(
+            f"{best['target']} is the layer best explained from another model: by {best['source']}'s code "
+            f"R² {short(best['r2'])}{linear}."
+        )
     alike = _most_alike(data)
     if alike:
         a, b, value, null = alike
-        lines.append(f"Most alike without a USAE: {a} and {b},\nCKA {short(value)} (shuffled {short(null)}).\n")
+        said.append(f"Most alike without a USAE: {a} and {b}, CKA {short(value)} (shuffled {short(null)}).")
     order = {name: value for name, value in data["order"].items() if name in ("r2", "cka") and value is not None}
     if order:
         spelled = ", ".join(f"by {_MEASURES[name]} {short(value)}" for name, value in order.items())
-        lines.append(f"Depth of a layer and of its best match, rank correlation: {spelled}.\n")
+        said.append(f"Depth of a layer and of its best match, rank correlation: {spelled}.")
     trained = data["trained"]
     steps = ", ".join(f"{n:,} steps {name}" for name, n in trained["steps"].items())
     rows = f"{data['n_rows_train']:,} training rows, {data['n_rows']:,} {spoken(data['measured_on'])} rows measured"
-    usae = f"\n{trained['n_latents']:,} latents, {trained['k']} active, {steps}" if steps else ""
-    lines.append((f"{rows}{usae}", "dim"))
-    return Text.assemble(*lines)
+    return [*said, f"{rows}; {trained['n_latents']:,} latents, {trained['k']} active, {steps}" if steps else rows]
 
 
 def _size(model: str, n: int, blocks: int) -> str:
