@@ -26,7 +26,8 @@ from usae_probe.errors import (
     UsageError,
 )
 from usae_probe.images import open_source
-from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult, measuring, peak_memory
+from usae_probe.machine import peak_memory
+from usae_probe.pipeline import MEASURING, Progress, RunResult, StageResult, measuring
 from usae_probe.pipeline.training import kernel_note
 from usae_probe.report import figures
 from usae_probe.usae.kernels import choose
@@ -405,6 +406,6 @@ def test_a_config_file_elsewhere_finds_its_neighbours(base: Path, monkeypatch: p
 def test_peak_memory_is_of_this_process_alone() -> None:
     """A process that a large one started is not as large: Linux hands ru_maxrss down."""
     ballast = np.ones(60_000_000)  # 480 MB, touched
-    code = "from usae_probe.pipeline.record import peak_memory; print(peak_memory())"
+    code = "from usae_probe.machine import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e7 < int(done.stdout) < peak_memory() - ballast.nbytes / 2

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from usae_probe.config import TrainConfig
-from usae_probe.pipeline import peak_memory
+from usae_probe.machine import peak_memory
 from usae_probe.usae import USAE
 from usae_probe.usae.draws import draw_aligned
 from usae_probe.usae.losses import Phase

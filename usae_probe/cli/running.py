@@ -25,23 +25,24 @@ def do_stages(
     """Do stages (default: all of the run) with bars on stderr, and show their result; `hint` goes under its summary."""
     from ..pipeline import Progress, Run
     from ..report import terminal
+    from ..report.dashboard import dashboard
     from ..report.summary import file_table, run_summary
 
     _, stderr = terminal.consoles()
-    with terminal.StageProgress(stderr) as bars, shown_warnings(bars.say):
 
-        def announce(news: StageResult | tuple[Stage, str]) -> None:
-            say_stage(bars, news)
+    def announce(news: StageResult | tuple[Stage, str]) -> None:
+        say_stage(bars, news)
 
-        def progress(now: Progress) -> None:
-            bars.update(*now)
+    def progress(now: Progress) -> None:
+        bars.update(*now)
 
-        doing = Run(config, folder, progress=progress, announce=announce, world=world)
+    doing = Run(config, folder, progress=progress, announce=announce, world=world)
+    with dashboard(stderr, stages or doing.stages, folder) as bars, shown_warnings(bars.say):
         result = doing.run(stages)
     files = _files(folder, result)
 
     def screen() -> Any:
-        if result.metrics is None:
+        if result.metrics is None or stages == ("report",):
             return file_table(files)
         return run_summary(doing.overview(result.metrics, result.cam), result.metrics, files, hint=hint)
 
@@ -54,10 +55,11 @@ def say_stage(bars: StageProgress, news: StageResult | tuple[Stage, str]) -> Non
     from ..report.terminal import seconds
 
     if isinstance(news, StageResult):
-        bars.finish(news.stage)
+        bars.finish(news.stage, "kept" if news.kept else seconds(news.seconds))
         spent = "kept, already done" if news.kept else f"done in {seconds(news.seconds)}"
         bars.say(f"{news.stage}: {spent}{f'; {news.note}' if news.note else ''}")
     else:
+        bars.begin(news[0])
         bars.say(f"{news[0]}: redone, {news[1]}" if news[1] else f"{news[0]} …")
 
 

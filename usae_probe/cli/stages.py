@@ -115,7 +115,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write report.html: all that was found, in one page that opens from disk, with a card for each latent worth one."""
+    """Write report.html: all that was found, in one page that opens from disk, with cards of the latents worth one."""
     with guard(as_json, str(run_dir)):
         from ..config import settled
         from ..pipeline import RunRecord

@@ -6,7 +6,7 @@ from .buffers import help_harvest
 from .cell import CellResult
 from .grid import Combination, parsed_settings
 from .outcomes import Progress, RunResult, StageResult
-from .record import RunRecord, peak_memory
+from .record import RunRecord
 from .run import Run
 from .scan import Scan, ScanPlan, ScanResult
 from .stages import MEASURING, STAGES, Stage
@@ -33,5 +33,4 @@ __all__ = [
     "help_harvest",
     "help_train",
     "parsed_settings",
-    "peak_memory",
 ]

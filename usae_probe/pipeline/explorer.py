@@ -26,6 +26,7 @@ from ..probes import one_site_per_model
 from ..probes.cam import CamPicture, Studio, chosen_targets
 from ..report.explorer import Explorer, card_data, image_side, overview, scan_section, write_explorer
 from ..report.facts import Facts
+from ..report.summary import network_name
 from ..sites import model_of
 from ..split import SPLITS
 from ..usae import USAE
@@ -114,7 +115,8 @@ class ReportStage:
         """Return the cards of some latents: those in `cards/` that would be the same, and the others made anew."""
         sites = one_site_per_model(usae.sites, self.config.probes.sites)
         side = image_side(len(latents) * len(sites) * 3 * self.config.cam.exemplars)
-        shelf = _CardShelf(self.folder / "cards", self._made_from(sites, side))
+        source = same_source(self.config, buffer) if latents else None
+        shelf = _CardShelf(self.folder / "cards", self._made_from(sites, side) | {"images": source is not None})
         known = known_of_latents(self.folder)
         keys = {
             latent: [*known[latent], *(picture.to_dict() for picture in pictures.get(latent, ()))] for latent in latents
@@ -129,7 +131,6 @@ class ReportStage:
                 given = [model for model in models if model.name in {model_of(site) for site in sites}]
                 targets = chosen_targets(usae, given, sites, self.config.cam)
                 usae.to(targets[0].device)
-                source = same_source(self.config, buffer)
                 studio = Studio(targets, self.config.cam, None)
                 maker = CardMaker(studio, source, known)
                 for batch in self._batches(missing, buffer, len(sites)):
@@ -217,14 +218,19 @@ class _CardShelf:
 def _about(record: Mapping[str, Any], about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[Facts]:
     """Yield tables of what was run."""
     config = record["config"]
-    models = [
-        [name, model["name"], model["adapter"], ", ".join(about["models"][name]["sites"]) or "–"]
+    models = [  # of files and folders the name alone: the page may be mailed
+        [
+            name,
+            network_name(model["name"]),
+            model["adapter"],
+            ", ".join(about["models"][name]["sites"]) or "–",
+        ]
         for name, model in config["models"].items()
     ]
     yield Facts("Models", ["", "network", "adapter", "sites"], models, [])
     usae, train = config["usae"], config["train"]
     settings = {
-        "images": str(config["images"]["source"]),
+        "images": Path(config["images"]["source"]).name,
         "latents": f"{usae['n_latents']:,}, {usae['k']:,} active, {usae['sparsity']}",
         "training": f"{train['steps']:,} steps" if train["steps"] else f"{train['epochs']} epochs",
         "batch size, learning rate": f"{train['batch_size']:,}, {train['lr']:g}",

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..probes import UniversalityReport
+from ..usae import Matrix
 from .stages import Stage
 
 
 class Progress(NamedTuple):
-    """How far a stage is: `done` of `total` in `unit`s, and what else is worth a glance."""
+    """How far a stage is: `done` of `total` in `unit`s, and what else is worth a glance; R² where it was measured."""
 
     stage: Stage
     done: int
     total: int
     unit: str
     note: str = ""
+    r2: Matrix | None = None
 
 
 @dataclass(frozen=True)

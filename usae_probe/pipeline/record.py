@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
-import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from ..config import RunConfig, default_of
 from ..errors import CheckpointError, StageError, UsageError
 from ..files import sha256, write_json
+from ..machine import peak_memory
 from .stages import RESULTS, Stage, depends_on
 
 SCHEMA = 1
@@ -107,17 +106,6 @@ class RunRecord:
             )
         base = (self.folder / self._data.get("base", ".")).resolve()
         return RunConfig.from_dict(self._data["config"], base=base)
-
-
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    try:  # on Linux a process that a larger one started has that one's ru_maxrss
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, ValueError, IndexError):
-        pass
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
 
 
 def _spell(base: Path, folder: Path) -> str:

@@ -224,7 +224,7 @@ class Run:
         )
 
     def _trained(self, record: StepRecord) -> None:
-        self._progress(Progress("train", record.step, record.steps, "steps", note_of(record)))
+        self._progress(Progress("train", record.step, record.steps, "steps", note_of(record), record.r2))
 
     def _train(self) -> StageEnd:
         check_device(self.config.train.device)

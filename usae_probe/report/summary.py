@@ -65,10 +65,7 @@ def file_table(files: Mapping[str, Path]) -> Table:
 
 def answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[str, str]:
     """Answer the question in two sentences: what is shared, and what one model's code explains of another."""
-    names = [
-        model if entry["name"] in ("", model) else f"{model} ({entry['name']})"
-        for model, entry in overview["models"].items()
-    ]
+    names = model_names(overview)
     counts, n = metrics["counts"], metrics["n_latents"]
     live = n - counts["dead"] - counts["rare"]
     if len(names) == 1:
@@ -83,6 +80,24 @@ def answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[str
             f"{f' {controls}' if controls else ''}."
         )
     return sharing, _explained(metrics)
+
+
+def model_names(overview: Mapping[str, Any]) -> list[str]:
+    """Spell every model with its network: `vit (vit_small_patch14)`."""
+    names = []
+    for model, entry in overview["models"].items():
+        network = network_name(entry["name"])
+        names.append(model if network in ("", model) else f"{model} ({network})")
+    return names
+
+
+def network_name(name: str) -> str:
+    """Return how a network is called: of one in a Python file without the folder, which is nobody's business.
+
+    >>> network_name("/home/me/nets.py:mine"), network_name("hf-hub:org/model")
+    ('nets.py:mine', 'hf-hub:org/model')
+    """
+    return name.rpartition("/")[2] if ".py:" in name else name
 
 
 def _explained(metrics: Mapping[str, Any]) -> str:

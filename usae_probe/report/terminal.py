@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+R2 = Mapping[str, Mapping[str, float]]
+
 
 class StageProgress:
-    """Progress bars of the stages of a run, as a context manager; lines instead of bars when not a terminal."""
+    """Progress bars of the stages of a run, as a context manager; when not a terminal or with `NO_COLOR` plain lines.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Args:
+        console: where they go.
+        every: seconds between the plain lines of a stage.
+    """
+
+    def __init__(self, console: Console, *, every: float = 30.0) -> None:
+        self.console, self.every = console, every
+        self.plain = is_plain(console)
         self._bars = Progress(
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
@@ -29,8 +38,10 @@ class StageProgress:
             TextColumn("{task.fields[note]}", style="dim"),
             console=console,
             transient=True,
+            disable=self.plain,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
 
     def __enter__(self) -> StageProgress:
         self._bars.start()
@@ -41,24 +52,43 @@ class StageProgress:
     ) -> None:
         self._bars.stop()
 
-    def update(self, stage: str, done: int, total: int, unit: str, note: str) -> None:
-        """Show that `done` of `total` units of a stage are done."""
+    def begin(self, stage: str) -> None:
+        """Say that a stage starts."""
+
+    def update(self, stage: str, done: int, total: int, unit: str, note: str, r2: R2 | None = None) -> None:
+        """Show that `done` of `total` units of a stage are done; `r2` is shown where there is room for it."""
+        if stage in self._tasks and self._task(stage).fields["unit"] != unit:
+            self._bars.remove_task(self._tasks.pop(stage))  # rate and rest of other things than these
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total, completed=done, unit=unit, rate="", note="")
-        task = next(task for task in self._bars.tasks if task.id == self._tasks[stage])
+            self._said.setdefault(stage, time.monotonic())
+        task = self._task(stage)
         rate = (
             f"{task.speed:,.0f}/s" if task.speed and task.speed >= 10 else f"{task.speed:.1f}/s" if task.speed else ""
         )
         self._bars.update(self._tasks[stage], completed=done, total=total, rate=rate, note=note)
+        if self.plain and time.monotonic() - self._said[stage] >= self.every and done < total:
+            self._said[stage] = time.monotonic()
+            left = f"{seconds(float(task.time_remaining))} left" if task.time_remaining is not None else ""
+            self.say(", ".join(part for part in (f"{stage}: {done:,} of {total:,} {unit}", rate, left, note) if part))
+
+    def _task(self, stage: str) -> Task:
+        return next(task for task in self._bars.tasks if task.id == self._tasks[stage])
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def finish(self, stage: str) -> None:
-        """Take a stage's bar away."""
+    def finish(self, stage: str, state: str = "") -> None:
+        """Take a stage's bar away; `state` is what became of it, in a word or two."""
         if stage in self._tasks:
             self._bars.remove_task(self._tasks.pop(stage))
+        self._said.pop(stage, None)
+
+
+def is_plain(console: Console) -> bool:
+    """Say whether nothing may move on a console: it is no terminal, or `NO_COLOR` is set."""
+    return not console.is_terminal or console.is_dumb_terminal or bool(os.environ.get("NO_COLOR"))
 
 
 def consoles() -> tuple[Console, Console]:

@@ -270,7 +270,7 @@
       make("figcaption", { text: `${made.failed ? "failed: " : ""}${strength}` }));
     const scores = Object.entries(made.scores).map(([site, score]) => [
       `${names[sites.indexOf(site)] ?? site}${made.sites.includes(site) ? " (made here)" : ""}`,
-      score.above_all ? `above all ${number(score.n)}` : known(score.percentile) ? `${short(score.percentile, 1)} %` : "–",
+      score.above_all ? `above all ${number(score.n)}` : known(score.percentile) ? `${score.percentile > 99.949 && score.percentile < 100 ? ">99.9" : short(score.percentile, 1)} %` : "–",
       short(score.score, 1), known(score.transfer) ? `${percent(score.transfer)} %` : "–", score.selected ? "yes" : "no"]);
     const table = numbers(["seen by", `of ${card.unit}`, "σ", "above controls", "selected"], scores);
     return [make("h4", { text: `CAM, ${made.mode}` }), make("div", { class: "cam" }, figure, curves(columns.latent[i], made, card)), make("div", { class: "wide" }, table)];

@@ -11,7 +11,7 @@ from ..evidence import evidence, said_of_nulls, seeds
 from ..facts import Facts
 from ..r2_table import RAMP, finite, short
 from ..style import CLASS_COLOURS, GREY
-from ..summary import answer, pictures_said, setting
+from ..summary import answer, model_names, pictures_said, setting
 from ..tables import MEANING
 
 Metrics = Mapping[str, Any]
@@ -98,10 +98,7 @@ def overview(about: Mapping[str, Any], metrics: Metrics) -> Overview:
         metrics: the content of `metrics.json`.
     """
     sharing, explained = answer(about, metrics)
-    names = [
-        model if entry["name"] in ("", model) else f"{model} ({entry['name']})"
-        for model, entry in about["models"].items()
-    ]
+    names = model_names(about)
     alone = f"What does {names[0]} represent?"
     several = f"What do {', '.join(names[:-1])} and {names[-1]} represent in common?"
     sites = list(metrics["sites"])

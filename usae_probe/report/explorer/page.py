@@ -106,7 +106,7 @@ def _rendered(page: Explorer, cards: Mapping[int, Markup]) -> str:
         scan=scan,
         rule=RULE,
         thresholds=page.metrics.get("thresholds") or {},
-        unit="universal" if len(sites) > 1 else "live",
+        pictured=any(card["pictures"] for card in page.cards),
         cards=cards,
         settings=json_block(settings),
         metrics=json_block(page.metrics),
