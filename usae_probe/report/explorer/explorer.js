@@ -406,6 +406,7 @@
     $("head").append(make("th", { id: `head-${column.key}`, scope: "col", class: `${column.left ? "text" : ""} ${column.minor ? "minor" : ""}`.trim() }, button));
   }
   refresh();
+  performance.mark("latents");  // from here on the table can be used
   const ready = () => { gallery(); follow(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", ready); else ready();
 })();
