@@ -9,10 +9,21 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .errors import ConfigError
+from .errors import ConfigError, UsageError, nearest
 
 SplitName = Literal["train", "validation", "holdout"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+
+
+def known_split(split: str) -> str:
+    """Return the split's name.
+
+    Raises:
+        UsageError: when there is no such split.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"'{split}' is no split", hint=nearest(split, SPLITS) or f"one of {', '.join(SPLITS)}")
+    return split
 
 
 def spoken(split: str) -> str:

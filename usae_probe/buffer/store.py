@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import SiteError, StageError, UsageError, nearest
-from ..split import SPLITS
+from ..notebook import html_facts, html_table
+from ..split import SPLITS, known_split
 from .batches import batch_rows, read_ahead, steps_per_epoch
 from .manifest import Manifest, ShardEntry, Skipped
 from .moments import Moments
@@ -173,7 +174,7 @@ class ActivationBuffer:
 
     def pool(self, split: str = "train") -> int | None:
         """Shards among which `batches` mixes rows; None: all rows at once."""
-        entries = [entry for entry in self._manifest.present if entry.split == _known_split(split)]
+        entries = [entry for entry in self._manifest.present if entry.split == known_split(split)]
         if self._whole or not entries:
             return None
         window = pool_of(self._memory_budget, self._row_bytes * max(entry.rows for entry in entries))
@@ -181,7 +182,7 @@ class ActivationBuffer:
 
     def n_rows(self, split: str) -> int:
         """Rows of `split` ("train", "validation" or "holdout") sealed so far."""
-        return self._reader.n_rows(_known_split(split))
+        return self._reader.n_rows(known_split(split))
 
     def rows_at_start(self) -> int:
         """Training rows that a training can look at before its first step."""
@@ -189,7 +190,7 @@ class ActivationBuffer:
 
     def n_images(self, split: str) -> int:
         """Images of `split` with rows, sealed so far."""
-        known = _known_split(split)
+        known = known_split(split)
         return sum(entry.n_images for entry in self._manifest.shards if entry.split == known)
 
     def moments(self, site: str) -> Moments:
@@ -273,7 +274,7 @@ class ActivationBuffer:
 
     def numbers(self, split: str, batch_size: int, seed: int, start_step: int) -> Iterator[np.ndarray]:
         """The rows of `batches`, by their numbers within the split."""
-        begins = self._reader.begins[_known_split(split)]
+        begins = self._reader.begins[known_split(split)]
         return batch_rows(begins, batch_size, seed=seed, start_step=start_step, window=self.pool(split))
 
     def dataset(
@@ -283,7 +284,7 @@ class ActivationBuffer:
 
         Entry t is batch t of `batches`, whichever worker reads it: the same for any number of them, forked or spawned.
         """
-        return BatchDataset(self, _known_split(split), batch_size, seed, steps, self._known_sites(sites))
+        return BatchDataset(self, known_split(split), batch_size, seed, steps, self._known_sites(sites))
 
     def steps_per_epoch(self, split: str, batch_size: int) -> int:
         """Batches per epoch that `batches` gives."""
@@ -345,11 +346,12 @@ class ActivationBuffer:
         size = f"{self.nbytes / 1e6:.1f} MB {self.dtype}"
         return f"ActivationBuffer('{self.path}': {', '.join(self.sites)}; {rows} rows; {size}; {state})"
 
-
-def _known_split(split: str) -> str:
-    if split not in SPLITS:
-        raise UsageError(f"'{split}' is no split", hint=nearest(split, SPLITS) or f"one of {', '.join(SPLITS)}")
-    return split
+    def _repr_html_(self) -> str:
+        state = f"{self.nbytes / 1e6:,.1f} MB {self.dtype}, {'complete' if self.complete else 'incomplete'}"
+        splits = [(split, f"{self.n_rows(split):,}", f"{self.n_images(split):,}") for split in SPLITS]
+        sites = html_table(["site", "d_in"], [(site, f"{self.d_in[site]:,}") for site in self.sites])
+        facts = {"folder": self.path, "size": state}
+        return html_facts(type(self).__name__, facts, html_table(["split", "rows", "images"], splits), sites)
 
 
 def _span(rows: np.ndarray) -> str:

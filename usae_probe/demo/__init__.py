@@ -41,7 +41,7 @@ def demo_config(folder: Path) -> RunConfig:
     return RunConfig.from_dict(data, base=folder.resolve(), file=folder / "demo.toml")
 
 
-def prepare_demo(folder: Path) -> RunConfig:
+def prepare_demo(folder: str | Path) -> RunConfig:
     """Put the demo's images, weights and config into `folder`, as far as they are not there, and return its config.
 
     The folder can then be moved, and `demo.toml` in it be changed and run.
@@ -49,6 +49,7 @@ def prepare_demo(folder: Path) -> RunConfig:
     Raises:
         UsageError: when `folder` is a file.
     """
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the demo cannot be put into {folder}: a file is in the way", hint="choose another --out")
     config = demo_config(folder)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError, UsaeProbeError
+from ..notebook import html_facts, html_table
 from ..shapes import Images, Pixels
 from ..sites import Policy, Site, check_model_name
 from .blocks import find_blocks
@@ -286,6 +287,15 @@ class HookedModel:
     def __repr__(self) -> str:
         sites = ", ".join(str(site) for site in self.sites) or "none"
         return f"HookedModel({self.name}: {type(self.module).__name__}, {len(self.layers())} layers, sites: {sites})"
+
+    def _repr_html_(self) -> str:
+        weight = self.weight
+        facts = {"network": type(self.module).__name__, "layers": f"{len(self.layers()):,}"}
+        facts["parameters"] = f"{sum(p.numel() for p in self.module.parameters()):,}"
+        if weight is not None:
+            facts["weights"] = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        rows = [(str(site), self.d_in(site), self.rows_per_image(site)) for site in self.sites]
+        return html_facts(f"HookedModel {self.name}", facts, html_table(["site", "d_in", "rows per image"], rows))
 
     def _named(self, layers: Iterable[LayerName]) -> dict[str, Site]:
         """Return the layers' sites by the keys that results go by."""

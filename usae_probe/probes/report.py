@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import csv_text
+from ..notebook import html_facts, html_table
 from ..split import SplitName, spoken
 from ..usae import Matrix
 from .controls import Controls
@@ -221,6 +222,18 @@ class UniversalityReport:
         counts = ", ".join(f"{self.counts[name]} {name}" for name in CATEGORIES)
         kind = spoken(self.measured_on)
         return f"UniversalityReport({len(self.latents)} latents: {counts}; {self.n_rows_eval} {kind} rows)"
+
+    def _repr_html_(self) -> str:
+        facts = {"live": f"{self.n_live:,} of {len(self.latents):,} latents"}
+        facts["measured on"] = f"{self.n_rows_eval:,} {spoken(self.measured_on)} rows"
+        facts |= {
+            f"universal, shuffled{f' within {null.within}' if null.within else ''}": f"{null.universal:.1f}"
+            for null in self.nulls
+        }
+        r2 = [[source, *(f"{self.r2[source][target]:.3f}" for target in self.sites)] for source in self.sites]
+        counts = html_table(["class", "latents"], [(name, f"{self.counts[name]:,}") for name in CATEGORIES])
+        matrix = html_table(["R²: code of ↓ decoded to →", *self.sites], r2)
+        return html_facts(f"UniversalityReport: {self.counts['universal']:,} universal latents", facts, counts, matrix)
 
     def _by_energy(self, category: Category) -> list[LatentRecord]:
         found = [record for record in self.latents if record.category == category]

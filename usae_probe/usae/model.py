@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import SiteError, UsageError, nearest
+from ..notebook import html_facts, html_table
 from ..shapes import Decoder, RowMatrix
 from .bottleneck import check_shape
 from .kernels import Codes, Kernel, PreActivations, SiteEncoder, Support, choose_kernel, to_dense
@@ -330,6 +331,11 @@ class USAE(nn.Module):
     def __repr__(self) -> str:
         sites = ", ".join(f"{site} [{d}]" for site, d in self.d_in.items())
         return f"USAE(n_latents={self.n_latents}, k={self.k}, sites: {sites})"
+
+    def _repr_html_(self) -> str:
+        facts = {"latents": f"{self.n_latents:,}, {self.k:,} active", "sparsity": self.sparsity.name}
+        facts["parameters"] = f"{sum(p.numel() for p in self.parameters()):,}"
+        return html_facts("USAE", facts, html_table(["site", "d_in"], list(self.d_in.items())))
 
     def _penalty(self, at: Entries, values: Entries, support: Support, index: int) -> Tensor:
         if not self.training:
