@@ -105,13 +105,14 @@ def test_a_run_on_the_terminal_then_kept(cli: Command, tmp_path: Path) -> None:
     (said,) = [line for line in first.err.splitlines() if line.startswith("train: done in")]
     assert "; kernel " in said
     assert "auto: float32 on" in said
-    assert "runs/c/metrics.json" in first.out
+    assert "runs/c/report.html" in first.out
+    assert "also in runs/c: metrics.json, latents.csv," in first.out
     for line in ("harvest …", "train …", "evaluate …", "train: done in"):
         assert line in first.err
         assert line not in first.out
     again = cli("run", "c.toml", "--out", str(folder))
     assert again.status == 0
-    assert again.err.count("kept, already done") == 3
+    assert again.err.count("kept, already done") == 4
     assert spelled in again.out
     changed("steps = 4", "steps = 5")
     assert "train: redone, train.steps changed" in cli("run", "c.toml").err
@@ -171,11 +172,11 @@ def test_the_demo_in_small(cli: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert document["files"]["pictures"] == "d/cam/sheet.png"
     assert all(Path(path).exists() for path in document["files"].values())
     assert ActivationBuffer("d/buffer").source["n_images"] == 64
-    for part in ("resnet10t", "64 images", "d/cam/sheet.png", "d/demo.toml"):
+    for part in ("resnet10t", "64 images", "d/report.html", "cam/sheet.png", "d/demo.toml"):
         assert part in result.err
-    assert cli("demo", "--out", "d").err.count("kept, already done") == 4
+    assert cli("demo", "--out", "d").err.count("kept, already done") == 5
     Path("d").rename("moved")  # all that a run needs is in its folder
-    assert cli("demo", "--out", "moved").err.count("kept, already done") == 4
+    assert cli("demo", "--out", "moved").err.count("kept, already done") == 5
     assert json.loads(cli("cam", "moved", "--latents", "1", "--steps", "2", "--json").out)["cam"]["latents"] == [1]
 
 
@@ -195,7 +196,7 @@ def test_cam_of_a_run_folder(cli: Command) -> None:
     expected = [(n, mode, [site]) for n in (3, 0) for mode in ("contrast", "independent") for site in ("a/3", "b/0")]
     assert [(picture["latent"], picture["mode"], picture["sites"]) for picture in pictures] == expected
     assert all("curves" not in picture for picture in pictures)  # those are in the files
-    assert cli("run", "c.toml", "--out", "r").err.count("kept") == 3
+    assert cli("run", "c.toml", "--out", "r").err.count("kept") == 4
 
 
 # --- what fails ---

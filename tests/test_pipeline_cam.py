@@ -252,7 +252,7 @@ def test_a_run_without_a_latent_to_show_warns_and_ends_but_cam_alone_fails(folde
     config = RunConfig.from_dict(CONFIG | {"cam": {"latents": "factors:8"}}, base=folder.parent)
     with pytest.warns(UsaeProbeWarning, match="no latent of .* follows a label of the images in every model"):
         result = Run(config, folder).run()
-    assert [stage.stage for stage in result.stages] == ["harvest", "train", "evaluate"]
+    assert [stage.stage for stage in result.stages] == ["harvest", "train", "evaluate", "report"]
     assert (result.cam, result.metrics is None) == (None, False)
     with pytest.raises(NoLatentsError, match="none to make pictures of"):
         Run(config, folder).run(("cam",))

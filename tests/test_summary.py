@@ -108,7 +108,7 @@ def overview_of(sites: tuple[str, ...], **changes: Any) -> dict[str, Any]:
 
 
 def screen(sites: tuple[str, ...] = TWO, width: int = 80, **changes: Any) -> str:
-    return printed(run_summary(overview_of(sites), metrics_of(sites, **changes), {}), width)
+    return printed(run_summary(overview_of(sites), metrics_of(sites, **changes), {}, whole=True), width)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -192,6 +192,36 @@ def test_histogram_bars_are_in_proportion() -> None:
     assert bars["0.2–0.3"] == ["0"]
 
 
+def test_the_short_screen_is_one_screen() -> None:
+    folder = Path("runs/demo")
+    names = ("report.html", "metrics.json", "latents.csv", "figures", "usae.safetensors", "buffer", "run.json")
+    files = {name: folder / name for name in (*names, "cam/sheet.png")}
+    a, b = class_sites(TWO)
+    alike = {"source": a, "target": b, "r2": 0.1, "r2_ridge": 0.45, "r2_share": 0.2, "universal_energy": 0.5}
+    alike |= {"cka": 0.41, "cka_null": 0.004, "mutual_knn": 0.09, "mutual_knn_null": 0.01}
+    tax = {"steps": {site: {"mean": 0.03, "low": 0.0, "high": 0.1, "n": 3} for site in TWO}}
+    shares = {"share_recovered": {a: {a: 0.9, b: 0.35}, b: {a: 0.3, b: 0.8}}}
+    metrics = metrics_of(TWO, platonic=[alike], alignment_tax=tax, fidelity=shares)
+    text = printed(run_summary(overview_of(TWO), metrics, files, hint="Your own models:\nstart from a copy"))
+    assert len(text.splitlines()) <= 52
+    said = joined(text)
+    assert said.startswith("resnet (resnet10t) and vit (vit10t) share 31 of 102 live latents")
+    for part in (
+        f".41 CKA of {a} and {b}, without a USAE (shuffled .00, mutual k-NN .09)",
+        ".03 alignment tax: R² that independent SAEs of as many steps have more (.03 to .03 over 4 sites)",
+        f".35 of vit's output recovered with {a}'s code in the place of {b} (its own code .80, mean ablation 0)",
+        "report.html runs/demo/report.html also in runs/demo: metrics.json, latents.csv, figures,",
+        "cam/sheet.png",
+    ):
+        assert part in said, part
+    bars = {line[:7]: line[8:30].split() for line in text.splitlines() if re.match(r"\d\.\d–\d\.\d ", line)}
+    assert list(bars) == ["0.8–1.0", "0.6–0.8", "0.4–0.6", "0.2–0.4", "0.0–0.2"]
+    whole = metrics["entropy_histogram"]
+    assert bars["0.0–0.2"][-1] == str(sum(sum(whole[kind][:2]) for kind in ("universal", "others")))
+    assert "104 12" in re.sub(" +", " ", text)
+    assert "105 12" not in re.sub(" +", " ", text)  # five are shown
+
+
 def test_strongest_latents_with_labels() -> None:
     lines = [" ".join(line.split()) for line in screen().splitlines()]
     assert "Strongest universal latents numbers side by side: resnet, vit" in lines
@@ -230,7 +260,7 @@ def test_parts_that_an_older_version_did_not_write_are_left_out() -> None:
     text = printed(run_summary(overview_of(TWO, cam=None), metrics, {}))
     for word in ("entropy", "Strongest", "follow", "CAM"):
         assert word not in text
-    assert "fires in several models, not on the same images" in text  # in one line, with the room there is
+    assert "in several, not on the same images" in text
     empty = {"edges": [0.0, 1.0], "universal": [0], "others": [0]}
     assert "entropy" not in screen(entropy_histogram=empty, top_latents=[])
 

@@ -44,7 +44,8 @@ def do_stages(
     def screen() -> Any:
         if result.metrics is None or stages == ("report",):
             return file_table(files)
-        return run_summary(doing.overview(result.metrics, result.cam), result.metrics, files, hint=hint)
+        overview, whole = doing.overview(result.metrics, result.cam), stages == ("evaluate",)
+        return run_summary(overview, result.metrics, files, hint=hint, whole=whole)
 
     show(as_json, _result_dict(result, files), screen)
 
@@ -70,10 +71,11 @@ def _files(folder: Path, result: RunResult) -> dict[str, Path]:
         names = {"USAE": "usae.safetensors", **names}
     if result.metrics is not None:
         names = {"measures": "metrics.json", "latents": "latents.csv", "figures": "figures", **names}
-    if result.cam is not None:
-        names = {"pictures": result.cam["sheets"][0], **names}
     if any(stage.stage == "report" for stage in result.stages):
         names = {"page": "report.html", **names}
+    if result.cam is not None:
+        sheet = {"pictures": result.cam["sheets"][0]}
+        names = {**sheet, **names} if result.stages[0].stage == "cam" else {**names, **sheet}
     return {what: folder / name for what, name in names.items()}
 
 

@@ -5,6 +5,7 @@ Nothing is said by colour alone: piped, or with `NO_COLOR`, the screen is comple
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import permutations
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .evidence import beside, evidence, seeds
+from .headlines import beyond
 from .r2_table import finite, r2_matrix, short
 from .tables import classes_and_entropy, facts_table, strongest_latents
 
@@ -23,7 +25,12 @@ WIDTH = 80
 
 
 def run_summary(
-    overview: Mapping[str, Any], metrics: Mapping[str, Any], files: Mapping[str, Path], hint: str = ""
+    overview: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    files: Mapping[str, Path],
+    hint: str = "",
+    *,
+    whole: bool = False,
 ) -> RenderableType:
     """Return the closing screen of a run.
 
@@ -33,21 +40,46 @@ def run_summary(
         metrics: the content of `metrics.json`; parts that an older version did not write are left out.
         files: where the results are, by what they are.
         hint: what to try next, said last.
+        whole: with all evidence as tables, on more than one screen.
     """
-    said = answer(overview, metrics)
+    said, cam = answer(overview, metrics), overview.get("cam")
+    head = Group(Text.assemble((said[0], "bold"), " ", said[1]), Text(setting(overview, metrics), style="dim"))
     parts: list[RenderableType | None] = [
-        Group(Text.assemble((said[0], "bold"), " ", said[1]), Text(setting(overview, metrics), style="dim")),
+        head,
         r2_matrix(metrics, WIDTH),
-        classes_and_entropy(metrics),
-        *map(facts_table, evidence(metrics)),
-        strongest_latents(metrics),
-        Text.assemble(("CAM:", "bold"), f" {pictures_said(cam)}") if (cam := overview.get("cam")) else None,
-        file_table(files) if files else None,
+        classes_and_entropy(metrics, 10 if whole else 5),
+        *(map(facts_table, evidence(metrics)) if whole else [_beyond(metrics)]),
+        strongest_latents(metrics, 8 if whole else 5),
+        Text.assemble(("CAM:", "bold"), f" {pictures_said(cam)}") if cam else None,
+        (file_table(files) if whole else _files(files)) if files else None,
         Text(hint) if hint else None,
     ]
     there = [part for part in parts if part is not None]
     spaced = [item for part in there for item in (part, Text(""))]
     return Constrain(Group(*spaced[:-1]), WIDTH)
+
+
+def _beyond(metrics: Mapping[str, Any]) -> RenderableType | None:
+    """Say in a line or two each what else is known."""
+    found = beyond(metrics)
+    if not found:
+        return None
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for value, what, controls in found:
+        table.add_row(Text(value, style="bold"), Text(what + (f" ({', '.join(controls)})" if controls else "")))
+    return table
+
+
+def _files(files: Mapping[str, Path]) -> RenderableType:
+    """Return where the first of the results is, and the names of the others in the folder of them all."""
+    (name, first), *others = files.items()
+    if not others:
+        return file_table(files)
+    folder = Path(os.path.commonpath([path.parent for path in files.values()]))
+    names = ", ".join(str(path.relative_to(folder)) for _, path in others)
+    return Group(file_table({name: first}), Text(f"also in {folder}: {names}", style="dim"))
 
 
 def file_table(files: Mapping[str, Path]) -> Table:

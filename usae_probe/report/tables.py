@@ -16,16 +16,16 @@ from .r2_table import finite, short
 
 _BAR = 16
 _SOLID = "not dim #56B4E9"
-_SHOWN = 8
 _MOST_SITES = 4  # with more, a latent's numbers are given as ranges over the models
 MEANING = {
-    "universal": "fires in all models, on the same images",
-    "partial": "shared by some models, or at unequal rates",
-    "chance": "fires in several models, not on the same images",
-    "specific": "fires in one model",
-    "rare": "fires in too few held-out images to tell",
-    "dead": "never fires",
+    "universal": "in all models, on the same images",
+    "partial": "in some, or at unequal rates",
+    "chance": "in several, not on the same images",
+    "specific": "in one model",
+    "rare": "in too few held-out images to tell",
+    "dead": "in none",
 }
+"""Where latents of a class fire."""
 
 
 def facts_table(facts: Facts) -> Group:
@@ -50,8 +50,8 @@ def _cut(heading: str, room: int) -> str:
     return "\n".join(line if len(line) <= room else f"…{line[-(room - 1) :]}" for line in heading.split("\n"))
 
 
-def classes_and_entropy(metrics: Mapping[str, Any]) -> RenderableType:
-    """Return the counts of the six classes; beside them the histogram of firing entropy, where there is one."""
+def classes_and_entropy(metrics: Mapping[str, Any], n_bins: int) -> RenderableType:
+    """Return the counts of the six classes; beside them the histogram of firing entropy, in at most n bins."""
     histogram = metrics.get("entropy_histogram")
     classes = _classes(metrics)
     if not histogram or not sum(histogram["universal"]) + sum(histogram["others"]):
@@ -59,7 +59,7 @@ def classes_and_entropy(metrics: Mapping[str, Any]) -> RenderableType:
     both = Table.grid(padding=(0, 4, 0, 0))
     both.add_column(no_wrap=True)
     both.add_column(overflow="fold")
-    both.add_row(_entropy_bars(histogram), classes)
+    both.add_row(_entropy_bars(histogram, n_bins), classes)
     return both
 
 
@@ -74,15 +74,20 @@ def _classes(metrics: Mapping[str, Any]) -> Group:
     if metrics["n_split"]:
         table.add_row("└ split", f"{metrics['n_split']:,}", "specific ones, but one concept held by two latents")
     over = f"  over {', '.join(metrics['class_sites'])}"
-    return Group(Text.assemble((f"{metrics['n_latents']:,} latents", "bold"), (over, "dim")), table)
+    return Group(Text.assemble((f"{metrics['n_latents']:,} latents fire", "bold"), (over, "dim")), table)
 
 
-def _entropy_bars(histogram: Mapping[str, Sequence[Any]]) -> Group:
+def _entropy_bars(histogram: Mapping[str, Sequence[Any]], n_bins: int) -> Group:
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(width=_BAR, no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    bins = list(zip(pairwise(histogram["edges"]), histogram["universal"], histogram["others"], strict=True))
+    each = -(-len(histogram["universal"]) // n_bins)
+    counts = [
+        [sum(histogram[k][i : i + each]) for i in range(0, len(histogram[k]), each)] for k in ("universal", "others")
+    ]
+    edges = [*histogram["edges"][:-1:each], histogram["edges"][-1]]
+    bins = list(zip(pairwise(edges), *counts, strict=True))
     most = max(universal + others for _, universal, others in bins)
     for (low, high), universal, others in reversed(bins):
         solid = _length(universal, most)
@@ -90,9 +95,9 @@ def _entropy_bars(histogram: Mapping[str, Sequence[Any]]) -> Group:
         bar = Text.assemble(("█" * solid, _SOLID), "░" * (whole - solid))
         table.add_row(f"{low:.1f}–{high:.1f}", bar, f"{universal + others:,}")
     meaning = Text.assemble(
-        "1: equal rates in all models.\n",
+        "1: equal rates in all models\n",
         ("█", _SOLID),
-        " on the same images, too;\n░ not, or not in all models.",
+        " on the same images, ░ not",
         style="dim",
     )
     return Group(Text("Firing entropy", style="bold"), table, meaning)
@@ -103,12 +108,12 @@ def _length(n: int, most: int) -> int:
     return max(round(n / most * (_BAR - 1)), 1) if n else 0
 
 
-def strongest_latents(metrics: Mapping[str, Any]) -> Group | None:
-    """Return the latents with most energy: how often they fire, on the same images, and which label they follow."""
+def strongest_latents(metrics: Mapping[str, Any], n: int) -> Group | None:
+    """Return the n latents with most energy: how often they fire, on the same images, and which label they follow."""
     top = metrics.get("top_latents")
     if not top:
         return None
-    sites, top = metrics["class_sites"], top[:_SHOWN]
+    sites, top = metrics["class_sites"], top[:n]
     labelled = bool(metrics.get("factors")) and any(latent.get("follows") for latent in top)
     mixed = any(latent["category"] != "universal" for latent in top)
     table = Table.grid(padding=(0, 3, 0, 0))

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise, permutations
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ...sites import model_of
-from ..evidence import evidence, said_of_nulls, seeds
+from ..evidence import evidence
 from ..facts import Facts
+from ..headlines import Headline, headlines
 from ..r2_table import RAMP, finite, short
 from ..style import CLASS_COLOURS, GREY
 from ..summary import answer, model_names, pictures_said, setting
 from ..tables import MEANING
 
 Metrics = Mapping[str, Any]
-_MOST_TILES = 8
-
-
-class Tile(NamedTuple):
-    """A headline figure.
-
-    Attributes:
-        value: as it is spelled.
-        what: what it is of.
-        beside: what it is to be compared with, a line each.
-    """
-
-    value: str
-    what: str
-    beside: list[str]
 
 
 class Cell(NamedTuple):
@@ -80,7 +65,7 @@ class Overview(NamedTuple):
     sharing: str
     explained: str
     setting: list[str]
-    tiles: list[Tile]
+    tiles: list[Headline]
     sites: list[str]
     r2: list[list[Cell]]
     n_rows: tuple[int, int]
@@ -107,7 +92,7 @@ def overview(about: Mapping[str, Any], metrics: Metrics) -> Overview:
         sharing=sharing,
         explained=explained,
         setting=[part for line in setting(about, metrics).split("\n") for part in line.split(" · ")],
-        tiles=_tiles(metrics),
+        tiles=headlines(metrics),
         sites=sites,
         r2=[[_cell(metrics, source, target) for target in sites] for source in sites],
         n_rows=(metrics["n_rows_eval"], metrics["n_rows_train"]),
@@ -115,81 +100,6 @@ def overview(about: Mapping[str, Any], metrics: Metrics) -> Overview:
         bins=_bins(metrics.get("entropy_histogram")),
         facts=evidence(metrics),
         pictures=pictures_said(about["cam"]) if about.get("cam") else "",
-    )
-
-
-def _tiles(metrics: Metrics) -> list[Tile]:
-    sites = list(metrics["class_sites"])
-    tiles = []
-    if len(sites) > 1:
-        beside = said_of_nulls(metrics)
-        spread = seeds(metrics)
-        live = metrics["n_latents"] - metrics["counts"]["dead"] - metrics["counts"]["rare"]
-        tiles.append(
-            Tile(
-                f"{metrics['counts']['universal']:,}",
-                f"universal latents, of {live:,} live ones",
-                [spread, *beside] if spread else beside,
-            )
-        )
-    cross = [(a, b) for a, b in permutations(sites, 2) if finite(metrics["r2"][a][b])] or [(s, s) for s in sites]
-    if len(cross) > 2:
-        cross.sort(key=lambda pair: -metrics["r2"][pair[0]][pair[1]])
-        cross = [cross[0], cross[-1]]
-    tiles += [_r2_tile(metrics, a, b) for a, b in cross]
-    tiles += [tile for tile in (_alike_tile(metrics), _tax_tile(metrics), _fidelity_tile(metrics, cross)) if tile]
-    return tiles[:_MOST_TILES]
-
-
-def _r2_tile(metrics: Metrics, source: str, target: str) -> Tile:
-    beside = []
-    ends = (metrics.get("r2_interval") or {}).get(source, {}).get(target)
-    if ends and finite(ends[0]) and finite(ends[1]):
-        beside.append(f"95 % [{short(ends[0])}, {short(ends[1])}]")
-    linear = (metrics.get("r2_ridge") or {}).get(source, {}).get(target)
-    if finite(linear):
-        beside.append(f"a linear map {short(linear)}")
-    own = metrics["r2"][target][target]
-    if source != target and finite(own):
-        beside.append(f"its own code {short(own)}")
-    what = f"R² of {target} from {source}'s code" if source != target else f"R² of {target} from its own code"
-    return Tile(short(metrics["r2"][source][target]), what, beside)
-
-
-def _alike_tile(metrics: Metrics) -> Tile | None:
-    rows = [row for row in metrics.get("platonic") or [] if finite(row.get("cka"))]
-    if not rows:
-        return None
-    most = max(rows, key=lambda row: row["cka"])
-    null = f"shuffled {short(most['cka_null'])}" if finite(most["cka_null"]) else ""
-    nearest = f"mutual k-NN {short(most['mutual_knn'])}" if finite(most["mutual_knn"]) else ""
-    what = f"CKA of {most['source']} and {most['target']}, without a USAE"
-    return Tile(short(most["cka"]), what, [part for part in (null, nearest) if part])
-
-
-def _tax_tile(metrics: Metrics) -> Tile | None:
-    taxes = (metrics.get("alignment_tax") or {}).get("steps")
-    known = {site: tax["mean"] for site, tax in (taxes or {}).items() if finite(tax["mean"])}
-    if not known:
-        return None
-    mean = sum(known.values()) / len(known)
-    beside = [f"{site} {short(value)}" for site, value in known.items()]
-    return Tile(short(mean), "alignment tax in R²: an independent SAE of as many steps explains so much more", beside)
-
-
-def _fidelity_tile(metrics: Metrics, cross: Sequence[tuple[str, str]]) -> Tile | None:
-    found = metrics.get("fidelity")
-    shares = [found["share_recovered"].get(a, {}).get(b) for a, b in cross] if found else []
-    known = [(share, pair) for share, pair in zip(shares, cross, strict=True) if finite(share)] if shares else []
-    if not found or not known:
-        return None
-    share, (source, target) = max(known)
-    own = found["share_recovered"][target][target]
-    beside = [f"its own code {short(own)}"] if source != target and finite(own) else []
-    return Tile(
-        short(share),
-        f"of {model_of(target)}'s output recovered with {source}'s code in the place of {target}",
-        [*beside, "mean ablation 0"],
     )
 
 
