@@ -243,7 +243,7 @@ def test_a_run_makes_pictures_when_its_config_has_the_table(folder: Path) -> Non
     config = RunConfig.from_dict(CONFIG | {"cam": CAM}, base=folder.parent)
     result = Run(config, folder).run()
     assert [(stage.stage, stage.kept) for stage in result.stages] == [
-        ("harvest", True), ("train", True), ("evaluate", True), ("cam", False)
+        ("harvest", True), ("train", True), ("evaluate", True), ("cam", False), ("report", False)
     ]  # fmt: skip
     assert Run(config, folder).run().stages[-1].kept
 

@@ -91,9 +91,9 @@ def _tax(metrics: Metrics) -> Headline | None:
         return None
     mean = sum(known.values()) / len(known)
     beside = [f"{site} {short(value)}" for site, value in known.items()]
-    return Headline(
-        short(mean), "alignment tax in R²: an independent SAE of as many steps explains so much more", beside
-    )
+    if len(beside) > _MOST_SITES:
+        beside = [f"{short(min(known.values()))} to {short(max(known.values()))} over {len(known)} sites"]
+    return Headline(short(mean), "alignment tax: R² that independent SAEs of as many steps have more", beside)
 
 
 def _fidelity(metrics: Metrics) -> Headline | None:

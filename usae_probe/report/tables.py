@@ -56,7 +56,7 @@ def classes_and_entropy(metrics: Mapping[str, Any], n_bins: int) -> RenderableTy
     classes = _classes(metrics)
     if not histogram or not sum(histogram["universal"]) + sum(histogram["others"]):
         return classes
-    both = Table.grid(padding=(0, 4, 0, 0))
+    both = Table.grid(padding=(0, 2, 0, 0))
     both.add_column(no_wrap=True)
     both.add_column(overflow="fold")
     both.add_row(_entropy_bars(histogram, n_bins), classes)
@@ -72,7 +72,7 @@ def _classes(metrics: Mapping[str, Any]) -> Group:
         strong = "bold" if name == "universal" else ""
         table.add_row(Text(name, style=strong), Text(f"{n:,}", style=strong), Text(MEANING[name]))
     if metrics["n_split"]:
-        table.add_row("└ split", f"{metrics['n_split']:,}", "specific ones, but one concept held by two latents")
+        table.add_row("└ split", f"{metrics['n_split']:,}", "specific, but two hold one concept")
     over = f"  over {', '.join(metrics['class_sites'])}"
     return Group(Text.assemble((f"{metrics['n_latents']:,} latents fire", "bold"), (over, "dim")), table)
 
