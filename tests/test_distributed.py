@@ -205,7 +205,7 @@ class TestCommandLine:
         )
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)  # of process 0 alone
-        assert list(document["stages"]) == ["harvest", "train", "evaluate"]
+        assert list(document["stages"]) == ["harvest", "train", "evaluate", "report"]
         assert done.stderr.count("train: done") == 1
         assert "Warning" not in done.stderr
         assert not (folder / "training-state.safetensors").exists()

@@ -16,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from usae_probe.report.explorer import overview, write_explorer
+from usae_probe.report.r2_table import short
 from usae_probe.report.style import captioned, save
 
 from .browser import CHROMIUM, DRIVER, chromium, complaints, prefer, requests, resize
@@ -107,6 +108,14 @@ def test_it_opens_sorted_by_energy(browser: webdriver.Chrome) -> None:
     shown = cells(browser, "latent")
     assert 20 < len(shown) < 60  # rows in sight, not all
     assert shown == expected("total_energy", down=True)[: len(shown)]
+    pair, rate = f"{SITES[0]}|{SITES[1]}", numbers(f"rate[{SITES[0]}]")
+    for i, phi, entropy, percent, name in zip(
+        map(int, shown), *(cells(browser, key) for key in ("phi", "entropy", "rate-0", "class")), strict=True
+    ):
+        assert phi == short(numbers(f"phi[{pair}]")[i])
+        assert entropy == short(numbers("entropy")[i])
+        assert float(percent.replace("<", "")) == pytest.approx(100 * rate[i], abs=0.51)
+        assert name == COLUMNS["category"][i]
 
 
 def test_sorting_down_up_and_what_is_not_known_last(browser: webdriver.Chrome) -> None:

@@ -36,6 +36,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) 
     expected = {str(path.relative_to(ROOT)).removeprefix("adapters/") for path in SOURCES}
     expected |= {"usae_probe/py.typed", "usae_adapters/py.typed", "usae_probe/demo/demo.toml"}
     expected |= {f"usae_probe/demo/{name}" for name in ("networks.json", "resnet.safetensors", "vit.safetensors")}
+    expected |= {f"usae_probe/report/explorer/{name}" for name in ("page.html.j2", "explorer.css", "explorer.js")}
     assert {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected
 
 

@@ -18,11 +18,11 @@ from usae_probe.world import one_thread
 
 from .command import Command, command
 from .test_explorer import embedded
-from .tiny_run import CONFIG, changed, put_tiny_run
+from .tiny_run import CONFIG, put_tiny_run
 
 SITES = ["a/2", "b/2"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROBES = {"min_fires": 2, "fidelity_images": 0, "bootstrap": 20, "nulls": 2}
+TABLES = {"probes": {"min_fires": 2, "fidelity_images": 0, "bootstrap": 20, "nulls": 2}, "report": {}}
 Do = Callable[..., RunResult]
 
 
@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base, kept = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("kept") / "run"
     put_tiny_run(base)
     with one_thread():
-        Run(RunConfig.from_dict(CONFIG | {"probes": PROBES}, base=base), base / "run").run()
+        Run(RunConfig.from_dict(CONFIG | TABLES, base=base), base / "run").run()
     shutil.copytree(base, kept)
     return base, kept
 
@@ -50,7 +50,7 @@ def do(base: Path) -> Do:
     """Do stages of the run with some tables changed."""
 
     def stages(*names: Any, progress: Any = None, **tables: Any) -> RunResult:
-        config = RunConfig.from_dict(CONFIG | {"probes": PROBES} | tables, base=base)
+        config = RunConfig.from_dict(CONFIG | TABLES | tables, base=base)
         return Run(config, base / "run", progress=progress).run(names or None)
 
     return stages
@@ -123,6 +123,12 @@ def test_fewer_cards(base: Path, do: Do) -> None:
     assert sorted(made(base)) == sorted(f"latent-{latent:05d}.json" for latent in first)
     do("report", report={"cards": 0})
     assert (held(base), made(base)) == ([], {})
+
+
+def test_cards_follow_the_config_of_exemplars(base: Path, do: Do) -> None:
+    do("report", cam={"exemplars": 2, "start": "exemplar", "modes": ["contrast"]})  # how pictures are made is no matter
+    card = embedded(page(base), f"data-{held(base)[0]}")
+    assert len(card["sites"]["a/2"]["across"]) == 2
 
 
 def test_an_interrupted_report_goes_on(base: Path, do: Do) -> None:
@@ -261,4 +267,4 @@ def test_what_is_mistyped(arguments: tuple[str, ...], said: str, cli: Command) -
 
 def test_the_key_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"report\.cards"):
-        RunConfig.from_dict(changed() | {"report": {"cards": -1}}, base=Path())
+        RunConfig.from_dict(CONFIG | {"report": {"cards": -1}}, base=Path())

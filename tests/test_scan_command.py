@@ -359,11 +359,14 @@ def test_figures_are_drawn_and_old_ones_go(do: Callable[..., ScanResult], tmp_pa
     report = do(tables(scan={"strategies": ["joint", "pairs"]})).report
     folder = tmp_path / "figures"
     folder.mkdir()
-    (folder / "scan-old-old.png").touch()
+    for suffix in (".png", ".svg"):
+        (folder / f"scan-old-old{suffix}").touch()
     (folder / "r2.png").touch()
     paths = scan_figures(report, folder)
     assert [path.name for path in paths][:2] == ["scan-a-b.png", "scan-profile.png"]
-    assert {path.name for path in folder.iterdir()} == {path.name for path in paths} | {"r2.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        path.with_suffix(suffix).name for path in paths for suffix in (".png", ".svg")
+    } | {"r2.png"}
     for path in paths:
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50

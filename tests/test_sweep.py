@@ -182,7 +182,7 @@ def test_a_sweep_measures_every_cell_on_validation_rows(sweep: Sweeper, lender: 
     news: list[Any] = []
     result = sweep(seeds=2, progress=progress.append, announce=news.append)
     folder, buffer = tmp_path / "sweep", ActivationBuffer(lender / "run/buffer")
-    assert {file.name for file in folder.iterdir()} == {"cells", "sweep.json", "sweep.csv", "sweep.png", "sweep.svg"}
+    assert {file.name for file in folder.iterdir()} == {"cells", "sweep.json", "sweep.csv", "sweep.png"}
     assert fates(result) == ["done"] * 8
     assert all(isinstance(item, CellResult) for item in news)
     data = json.loads((folder / "sweep.json").read_text(), parse_constant=pytest.fail)
@@ -512,7 +512,7 @@ def test_the_figure_of_one_key_of_names(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_figure_opens(sweep: Sweeper, tmp_path: Path) -> None:
     sweep({"usae.n_latents": [4, 16]}, seeds=2)
     with Image.open(tmp_path / "sweep/sweep.png") as image:
-        assert (image.format, image.size) == ("PNG", (1530, 555))
+        assert (image.format, image.size) == ("PNG", (1530, 587))
         assert len(np.unique(np.asarray(image.convert("L")))) > 20
 
 

@@ -206,10 +206,14 @@ def cells(figure: Figure | None, panel: int) -> list[str]:
 # --- files ---
 
 
-def test_everything_is_drawn_as_png(tmp_path: Path) -> None:
+def test_everything_is_drawn_as_png_and_svg(tmp_path: Path) -> None:
     paths = universality_figures.universality_figures(report(2), tmp_path)
     assert [path.name for path in paths] == [f"{name}.png" for name in ALL]
-    assert {file.name for file in tmp_path.iterdir()} == {path.name for path in paths}
+    vectors = [path.with_suffix(".svg") for path in paths]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name for path in (*paths, *vectors)}
+    for vector in vectors:
+        text = vector.read_text(encoding="utf-8")
+        assert re.search(r"<dc:description>[^<]*\bn = [\d,]+", text)  # the caption goes with it, in words
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "PNG"
@@ -221,9 +225,14 @@ def test_nothing_is_drawn_without_data_and_old_figures_go(tmp_path: Path) -> Non
     names = [*ALL, "training"]
     for name in names:
         (tmp_path / f"{name}.png").write_text("old")
+        (tmp_path / f"{name}.svg").write_text("old")
     paths = universality_figures.universality_figures(bare(sites_of(2)), tmp_path)
     assert paths == [tmp_path / "r2.png"]
-    assert {file.name for file in tmp_path.iterdir()} == {"r2.png", "training.png"}  # which is not of the evaluation
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"{name}{suffix}"
+        for name in ("r2", "training")  # which is not of the evaluation
+        for suffix in (".png", ".svg")
+    }
     assert (tmp_path / "training.png").read_text() == "old"
 
 

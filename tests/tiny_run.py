@@ -37,6 +37,7 @@ CONFIG: dict[str, Any] = {
     "usae": {"n_latents": 16, "k": 2},
     "train": {"steps": 8, "batch_size": 16, "log_every": 2, "validate_every": 4},
     "probes": {"min_fires": 2, "fidelity_images": 0},
+    "report": {"cards": 0},
 }
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..config import CamConfig
 from ..errors import ImageError
 from ..images import ImageSource, Preprocessing
 from ..probes import Exemplar, NaturalActivations, find_exemplars
-from ..probes.cam import CamPicture, Studio, best_restarts, heat_maps, judge
+from ..probes.cam import CamPicture, PictureKey, best_restarts, heat_maps, judge
 from ..probes.cam.targets import Target
 from ..report.card import Card, CardImage, CardSite
 from ..report.sheet import SheetCell, SheetColumn
@@ -29,24 +30,33 @@ class CardMaker:
     """Puts together what is shown of latents.
 
     Args:
-        studio: the sites in their live models, and how pictures are made.
+        targets: the sites in their live models.
+        config: how many images, and which.
         source: the images of the run; None where they are not there: then none are shown.
         known: what the evaluation found out about every latent.
     """
 
-    def __init__(self, studio: Studio, source: ImageSource | None, known: Sequence[Known]) -> None:
-        self.studio, self.source, self.known = studio, source, known
-        self.sites = [target.name for target in studio.targets]
+    def __init__(
+        self, targets: Sequence[Target], config: CamConfig, source: ImageSource | None, known: Sequence[Known]
+    ) -> None:
+        self.targets, self.config, self.source, self.known = targets, config, source, known
+        self.sites = [target.name for target in targets]
 
-    def card(self, latent: int, pictures: Sequence[CamPicture], natural: NaturalActivations) -> Card:
-        """Choose a latent's images, judge it by all pictures there are, and put its card together; it shows those asked
-        for now.
+    def card(
+        self,
+        latent: int,
+        pictures: Sequence[CamPicture],
+        natural: NaturalActivations,
+        keys: Sequence[PictureKey] | None = None,
+    ) -> Card:
+        """Choose a latent's images, judge it by all pictures there are, and put its card together; it shows those of
+        `keys`, or all.
         """
-        asked = [picture for key in self.studio.keys for picture in pictures if picture.key == key]
-        n, seed = self.studio.config.exemplars, self.studio.config.seed
+        asked = [p for key in keys for p in pictures if p.key == key] if keys is not None else pictures
+        n, seed = self.config.exemplars, self.config.seed
         exemplars = find_exemplars(natural, latent, source=self.source, n=n, seed=seed)
         sites = {}
-        for target in self.studio.targets:
+        for target in self.targets:
             found = natural.sites[target.name]
             lists: dict[str, Any] = {
                 kind: self._images(target, latent, getattr(exemplars, kind)[target.name], kind)

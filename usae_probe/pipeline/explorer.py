@@ -22,13 +22,13 @@ from ..errors import UsaeProbeError, UsaeProbeWarning
 from ..files import json_sha256, sha256, write_text
 from ..harvesting import demand_same_models
 from ..hooks import HookedModel
-from ..probes import one_site_per_model
-from ..probes.cam import CamPicture, Studio, chosen_targets
+from ..probes import natural_activations, one_site_per_model
+from ..probes.cam import CamPicture, chosen_targets
 from ..report.explorer import Explorer, card_data, image_side, overview, scan_section, write_explorer
 from ..report.facts import Facts
 from ..report.summary import network_name
 from ..sites import model_of
-from ..split import SPLITS
+from ..split import SPLITS, spoken
 from ..usae import USAE
 from .cards import CardMaker
 from .latents import known_of_latents
@@ -131,10 +131,16 @@ class ReportStage:
                 given = [model for model in models if model.name in {model_of(site) for site in sites}]
                 targets = chosen_targets(usae, given, sites, self.config.cam)
                 usae.to(targets[0].device)
-                studio = Studio(targets, self.config.cam, None)
-                maker = CardMaker(studio, source, known)
+                maker = CardMaker(targets, self.config.cam, source, known)
                 for batch in self._batches(missing, buffer, len(sites)):
-                    natural = studio.natural(batch, buffer)
+                    natural = natural_activations(
+                        usae,
+                        buffer,
+                        batch,
+                        sites=sites,
+                        per_image=self.config.cam.per_image,
+                        progress=lambda done, total: progress(Progress("report", done, total, "rows")),
+                    )
                     for latent in batch:
                         progress(Progress("report", len(there), len(latents), "cards"))
                         card = maker.card(latent, pictures.get(latent, []), natural)
@@ -234,7 +240,7 @@ def _about(record: Mapping[str, Any], about: Mapping[str, Any], metrics: Mapping
         "latents": f"{usae['n_latents']:,}, {usae['k']:,} active, {usae['sparsity']}",
         "training": f"{train['steps']:,} steps" if train["steps"] else f"{train['epochs']} epochs",
         "batch size, learning rate": f"{train['batch_size']:,}, {train['lr']:g}",
-        "measured on": f"{metrics['n_rows_eval']:,} rows ({metrics['measured_on']})",
+        "measured on": f"{metrics['n_rows_eval']:,} {spoken(metrics.get('measured_on', 'holdout'))} rows",
         "classes over": ", ".join(metrics["class_sites"]),
     }
     yield Facts("Settings", ["", ""], [[key, value] for key, value in settings.items()], [])

@@ -81,14 +81,14 @@ class CamStage:
         known = known_of_latents(self.folder)
         if suspects := [latent for latent in latents if known[latent].category == "dead"]:
             studio.natural(suspects, buffer)  # dead on held-out images: on all others, too?
-        maker = CardMaker(studio, source, known)
+        maker = CardMaker(studio.targets, studio.config, source, known)
         self.result.unlink(missing_ok=True)  # from here on it would speak of pictures that are being replaced
         cards: list[Card] = []
         for batch in latent_batches(latents, self.config.cam):
             natural = studio.natural(batch, buffer)
             self._make(studio, shelf, kept, batch, natural, steps)
             for latent in batch:
-                card = maker.card(latent, kept[latent], natural)
+                card = maker.card(latent, kept[latent], natural, studio.keys)
                 latent_card(card, shelf.card(latent))
                 shelf.describe(latent, kept[latent], card.to_dict())
                 cards.append(card)

@@ -24,7 +24,7 @@ from ..style import CLASS_COLOURS, GREY, cycle
 from .overview import Overview
 
 MOST_BYTES = 30_000_000
-_TITLES = {"http://purl.org/dc/elements/1.1/": ("title", "description")}
+_DUBLIN_CORE = "http://purl.org/dc/elements/1.1/"
 
 
 class _Figure(NamedTuple):
@@ -149,18 +149,10 @@ def _figure(path: Path) -> _Figure:
     vector = path.with_suffix(".svg")
     if not vector.is_file():
         return _Figure(path.stem, _uri("png", path), f"figure {path.stem}")
-    said = [
-        element.text or ""
-        for space, names in _TITLES.items()
-        for name in names
-        if (element := _element(vector).find(f".//{{{space}}}{name}")) is not None
-    ]
-    return _Figure(path.stem, _uri("svg+xml", vector), ". ".join(part for part in said if part) or path.stem)
-
-
-@cache
-def _element(path: Path) -> ElementTree.Element:
-    return ElementTree.fromstring(path.read_text(encoding="utf-8"))
+    whole = ElementTree.fromstring(vector.read_text(encoding="utf-8"))
+    found = [whole.find(f".//{{{_DUBLIN_CORE}}}{name}") for name in ("title", "description")]
+    said = ". ".join(element.text for element in found if element is not None and element.text)
+    return _Figure(path.stem, _uri("svg+xml", vector), said or path.stem)
 
 
 def _uri(kind: str, path: Path) -> str:
