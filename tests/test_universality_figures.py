@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
