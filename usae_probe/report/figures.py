@@ -45,7 +45,10 @@ def r2_figure(report: UniversalityReport) -> Figure:
         Panel(f"USAE, {kind} rows\n(n = {report.n_rows_eval:,})", report.r2, ends or None),
         Panel(f"USAE, training rows\n(n = {report.n_rows_train:,})", report.r2_train),
     ]
-    notes = ["R² = 1 − SSE / SST about the per-dimension mean of the same rows; 0: no better than that mean."]
+    notes = [
+        f"n = {report.n_rows_eval:,} {kind} rows. R² = 1 − SSE / SST about the per-dimension mean of the same rows; the "
+        "null is 0: no better than that mean."
+    ]
     if any(text for row in ends.values() for text in row.values()):
         notes.append(f"Below: 95 % interval, {kind} images resampled.")
     linear, share = report.linear, report.r2_share
