@@ -46,8 +46,8 @@ def r2_figure(report: UniversalityReport) -> Figure:
         Panel(f"USAE, training rows\n(n = {report.n_rows_train:,})", report.r2_train),
     ]
     notes = [
-        f"n = {report.n_rows_eval:,} {kind} rows. R² = 1 − SSE / SST about the per-dimension mean of the same rows; the "
-        "null is 0: no better than that mean."
+        f"n = {report.n_rows_eval:,} {kind} rows. R² = 1 − SSE / SST about the per-dimension mean of the same rows; "
+        "the null is 0: no better than that mean."
     ]
     if any(text for row in ends.values() for text in row.values()):
         notes.append(f"Below: 95 % interval, {kind} images resampled.")
