@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,22 @@ def columns(
         for site in sites:
             values = draw.integers(0, 900, n) if name == "fires" else draw.random(n)
             found[f"{name}[{site}]"] = [f"{value:.6g}" for value in values * ~dead]
-    pair = f"{sites[0]}|{sites[1]}"
-    for name in ("cofires", "share_a", "share_b", "jaccard", "lift", "phi", "phi_low", "phi_high", "correlation", "p"):
-        found[f"{name}[{pair}]"] = spelled(draw.random(n) * 1.2 - 0.2)
-    found |= {f"{name}[{pair}]": [""] * n for name in ("phi_place", "p_place")}
-    found[f"q[{pair}]"] = spelled(draw.random(n))
+    measures = (
+        "cofires",
+        "share_a",
+        "share_b",
+        "jaccard",
+        "lift",
+        "phi",
+        "phi_low",
+        "phi_high",
+        "correlation",
+        "p",
+        "q",
+    )
+    for one, other in combinations(sites, 2):
+        found |= {f"{name}[{one}|{other}]": spelled(draw.random(n) * 1.2 - 0.2) for name in measures}
+        found |= {f"{name}[{one}|{other}]": [""] * n for name in ("phi_place", "p_place")}
     found["follows"] = ["" if gone else labels[i % len(labels)] for i, gone in enumerate(dead)]
     for name in ("auroc", "purity"):
         for site in sites:

@@ -22,6 +22,7 @@ from usae_probe.report.style import captioned, save
 
 from .explorer_pages import ABOUT, METRICS, columns, natural, page
 from .test_card import SITES, card
+from .test_summary import CASES, metrics_of, overview_of
 
 
 def embedded(html: str, name: str) -> Any:
@@ -82,6 +83,22 @@ def test_headline_figures_stand_beside_their_controls() -> None:
     assert cross.value == short(METRICS["r2"][a][b])
     assert cross.beside == ["95 % [.20, .25]", "a linear map .45", f"its own code {short(METRICS['r2'][b][b])}"]
     assert tiles[f"CKA of {a} and {b}, without a USAE"].beside == ["shuffled .00", "mutual k-NN .09"]
+
+
+@pytest.mark.parametrize("sites", CASES.values(), ids=CASES)
+def test_any_number_of_sites(sites: tuple[str, ...], tmp_path: Path) -> None:
+    metrics = metrics_of(sites)
+    about = overview_of(sites)
+    found = overview(about, metrics)
+    of_pairs = [tile for tile in found.tiles if tile.what.startswith("R² of")]
+    assert len(of_pairs) == (1 if len(metrics["class_sites"]) == 1 else 2)
+    assert len(found.r2) == len(sites)
+    write_explorer(
+        page(metrics=metrics, overview=found, cards=[], latents=columns(30, metrics["class_sites"])),
+        tmp_path / "x.html",
+    )
+    html = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert all(f'<th scope="row">{site}</th>' in html for site in sites)
 
 
 HOSTILE = "<script>hacked=1</script>"

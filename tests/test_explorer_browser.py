@@ -23,6 +23,7 @@ from .browser import CHROMIUM, DRIVER, chromium, complaints, prefer, requests, r
 from .explorer_pages import ABOUT, METRICS, columns, page
 from .test_card import SITES
 from .test_explorer import HOSTILE
+from .test_summary import CASES, metrics_of, overview_of
 
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium and chromedriver here (.ci/run installs Debian's)"
@@ -299,6 +300,27 @@ def test_what_users_wrote_does_nothing(driver: webdriver.Chrome, folder: Path) -
     assert HOSTILE in driver.find_element(By.CSS_SELECTOR, "#overview h1").text
     assert driver.execute_script("return typeof window.hacked") == "undefined"
     assert driver.title == f"{HOSTILE} · usae-probe"
+    assert complaints(driver) == []
+
+
+@pytest.mark.parametrize("case", ["1 site", "5 models"])
+def test_other_numbers_of_models(case: str, driver: webdriver.Chrome, tmp_path: Path) -> None:
+    metrics = metrics_of(CASES[case])
+    sites = metrics["class_sites"]
+    table = columns(30, sites)
+    what = {"metrics": metrics, "overview": overview(overview_of(CASES[case]), metrics), "cards": [], "latents": table}
+    write_explorer(page(**what), tmp_path / "report.html")
+    resize(driver, 1280)
+    driver.get((tmp_path / "report.html").as_uri() + "#latent-1")
+    assert [block.text for block in driver.find_elements(By.CSS_SELECTOR, "#card .site h3")] == list(sites)
+    assert not driver.find_element(By.ID, "gallery").is_displayed()  # there are no cards
+    assert len(driver.find_elements(By.ID, "least-phi")) == (len(sites) > 1)
+    least = min(
+        (float(table[name][1]) for name in table if name.startswith("phi[")), default=float("nan")
+    )  # the smallest over the pairs
+    press(driver, Keys.ESCAPE)
+    row = cells(driver, "latent").index("1")
+    assert cells(driver, "phi")[row : row + 1] == ([short(least)] if len(sites) > 1 else [])
     assert complaints(driver) == []
 
 

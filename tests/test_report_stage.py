@@ -257,9 +257,12 @@ def test_the_command(cli: Command, base: Path) -> None:
         (("report", "run", "--cards", "-1"), "--cards"),
         (("report", "run", "--scan", "figures"), "holds no scan"),
         (("reprot", "run"), "reprot"),
+        (("report", "scanned"), "'scanned' is a scan's folder, and a page is of a run"),
     ],
 )
-def test_what_is_mistyped(arguments: tuple[str, ...], said: str, cli: Command) -> None:
+def test_what_is_mistyped(arguments: tuple[str, ...], said: str, cli: Command, base: Path) -> None:
+    (base / "scanned").mkdir()
+    (base / "scanned/scan.json").write_text("{}")
     result = cli(*arguments)
     assert result.status == 2
     assert said in result.err

@@ -118,8 +118,14 @@ def report(
     """Write report.html: all that was found, in one page that opens from disk, with cards of the latents worth one."""
     with guard(as_json, str(run_dir)):
         from ..config import settled
+        from ..errors import UsageError
         from ..pipeline import RunRecord
 
+        if (run_dir / "scan.json").is_file():
+            raise UsageError(
+                f"'{run_dir}' is a scan's folder, and a page is of a run",
+                hint=f"usae-probe report RUN_DIR --scan {run_dir} shows it on its run's page",
+            )
         config = RunRecord(run_dir).config()
         options = {"cards": cards, "scan": None if scan is None else str(scan.resolve())}
         (page,) = settled((config.report,), {key: value for key, value in options.items() if value is not None})

@@ -349,7 +349,7 @@
     };
     const watcher = new IntersectionObserver(fill, { rootMargin: "300px" });
     const first = 12, tile = (latent) => {
-      const i = columns.latent.indexOf(latent), follows = labelled && derived.auroc[i] >= (page.auroc ?? 0) ? spelled(i) : "";
+      const i = columns.latent.indexOf(latent), follows = labelled && derived.auroc[i] >= (page.auroc ?? 0) ? spelled(i).replaceAll(" ", "\u00a0") : "";
       const facts = [columns.category[i], several && known(derived.phi[i]) ? `φ ${short(derived.phi[i])}` : "", follows].filter(Boolean).join(" · ");
       const made = make("button", { type: "button", class: "concept", "data-latent": latent, onclick: () => open(latent) }, make("div", {}), make("b", { text: `${latent}` }), make("span", { text: facts }));
       $("tiles").append(made);
