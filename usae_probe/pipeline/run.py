@@ -28,7 +28,7 @@ from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
 from .source import demand_same_images, labelled_source, labels_of
-from .stages import RESULTS, STAGES, Stage, earlier
+from .stages import RESULTS, STAGES, Stage, earlier, scan_folder
 from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
 
 
@@ -73,11 +73,14 @@ class Run:
             StageError: when an earlier stage's results are missing or belong to another config.
             NoLatentsError: when only pictures were asked for, and there is no latent to make them of.
             ConfigError: when the config asks for TensorBoard's files and its package is not installed.
+            UsageError: when the config names a scan for the page that is not there.
         """
         stages = stages or self.stages
         self._check_along(stages)
         if "train" in stages and self.config.train.tensorboard:
             check_tensorboard()
+        if "report" in stages:
+            scan_folder(self.config, self.folder)  # a scan that is not there is known before any work
         for before in earlier(stages[0]):
             self._require(before)
         results: list[StageResult] = []
