@@ -23,7 +23,7 @@ from .style import shortened
 from .terminal import R2, StageProgress, is_plain
 
 _MOST_SITES = 6
-_LABEL, _CELL = 26, 10
+_WIDTH, _LABEL, _CELL = 80, 26, 20  # columns: of all, and at most of names and numbers
 _MEASURE_EVERY = 2.0  # seconds
 
 
@@ -115,24 +115,26 @@ def _matrix(r2: R2, before: R2 | None, step: int) -> RenderableType:
         cross = [r2[a][b] for a in sites for b in sites if a != b]
         means = f"own code {_mean(own)}, other codes {_mean(cross)}, in the mean of {len(sites)} sites"
         return Group(head, Text(means))
+    label = min(max(map(len, sites)), _LABEL)
+    cell = min((_WIDTH - label - 2) // len(sites), _CELL)
     table = Table.grid(padding=0)
-    table.add_column(width=_LABEL + 1, no_wrap=True)
+    table.add_column(width=label + 1, no_wrap=True)
     for _ in sites:
-        table.add_column(width=_CELL, justify="center", no_wrap=True)
-    table.add_row("", *(Text(shortened(site, _CELL - 1), style="dim") for site in sites))
+        table.add_column(width=cell, justify="center", no_wrap=True)
+    table.add_row("", *(Text(shortened(site, cell - 1), style="dim") for site in sites))
     for source in sites:
-        cells = [_cell(r2[source][target], before[source][target] if before else None) for target in sites]
-        table.add_row(Text(shortened(source, _LABEL)), *cells)
+        cells = [_cell(r2[source][target], before[source][target] if before else None, cell) for target in sites]
+        table.add_row(Text(shortened(source, label)), *cells)
     return Group(head, table)
 
 
-def _cell(value: float | None, before: float | None) -> Text:
+def _cell(value: float | None, before: float | None, width: int) -> Text:
     if not finite(value):
-        return Text("–".center(_CELL))
+        return Text("–".center(width))
     change = value - before if finite(before) else 0.0
     arrow = "▲" if change >= 0.005 else "▼" if change <= -0.005 else " "
     ground, ink, _ = RAMP[min(max(int(value * len(RAMP)), 0), len(RAMP) - 1)]
-    return Text(f"{short(value)} {arrow}".center(_CELL), style=Style(color=ink, bgcolor=ground))
+    return Text(f"{short(value)} {arrow}".center(width), style=Style(color=ink, bgcolor=ground))
 
 
 def _mean(values: Sequence[float]) -> str:
