@@ -40,7 +40,7 @@ from .stages import scan_folder
 PAGE = "report.html"
 _WORTH = ("universal", "partial", "specific", "chance")
 """Classes whose latents get a card, in this order."""
-_MOST_MEMORY = 512 * 2**20  # of natural activations at a time
+_MOST_MEMORY = 2**30  # of natural activations at a time
 _CARD_SCHEMA = 1
 
 Attached = Callable[[ExitStack], list[HookedModel]]
