@@ -160,6 +160,10 @@ def test_filters(browser: webdriver.Chrome) -> None:
     entropy = numbers("entropy")
     wanted = [i for i in range(N) if COLUMNS["category"][i] == "universal" and entropy.get(i, 0) >= 0.9]
     assert count(browser) == f"{len(wanted)} of 400 latents"
+    browser.find_element(By.ID, "least-energy").send_keys("1.5")
+    wanted = [i for i in wanted if numbers("total_energy")[i] >= 1.5]
+    assert wanted
+    assert count(browser) == f"{len(wanted)} of 400 latents"
     browser.find_element(By.CSS_SELECTOR, "#filters button[type=reset]").click()
     browser.find_element(By.ID, "with-card").click()
     WebDriverWait(browser, 5).until(lambda d: count(d) == "20 of 400 latents")

@@ -94,15 +94,15 @@
   function matches(i, wanted) {
     if (wanted.classes.size && !wanted.classes.has(columns.category[i])) return false;
     if (wanted.card && !withCard.has(columns.latent[i])) return false;
-    if (wanted.phi !== null && !(known(derived.phi[i]) && derived.phi[i] >= wanted.phi)) return false;
-    if (wanted.entropy !== null && !(known(columns.entropy[i]) && columns.entropy[i] >= wanted.entropy)) return false;
+    if (!wanted.bounds.every(([least, values]) => known(values[i]) && values[i] >= least)) return false;
     return wanted.tokens.every((token) => (/^#?\d+$/.test(token) && columns.latent[i] === +token.replace("#", "")) || haystack[i].includes(token));
   }
   function wantedNow() {
-    const bound = (id) => ($(id) && $(id).value !== "" ? +$(id).value : null);
+    const bounds = Object.entries({ "least-energy": columns.total_energy, "least-phi": derived.phi, "least-entropy": columns.entropy });
     return {
       classes: new Set([...document.querySelectorAll("#classes input:checked")].map((box) => box.value)),
-      card: $("with-card").checked, phi: bound("least-phi"), entropy: bound("least-entropy"),
+      card: $("with-card").checked,
+      bounds: bounds.filter(([id]) => $(id) && $(id).value !== "").map(([id, values]) => [+$(id).value, values]),
       tokens: $("search").value.toLowerCase().split(/\s+/).filter((token) => token && token !== "="),
     };
   }
