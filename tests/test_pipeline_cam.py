@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,9 +22,8 @@ from usae_probe.pipeline import pictures as stage
 from usae_probe.pipeline.latents import choose_latents, known_of_latents
 from usae_probe.pipeline.models import attach_all
 from usae_probe.pipeline.pictures import CamStage
-from usae_probe.world import one_thread
 
-from .tiny_run import CONFIG, changed, put_tiny_run
+from .tiny_run import CONFIG, changed, finished_twice, put_tiny_run, restored
 
 SITES = ["a/2", "b/2"]
 CAM = {"latents": "0,3", "steps": 6, "exemplars": 2}
@@ -44,21 +42,12 @@ def _no_drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder with a finished run and what it was made from, and a copy that no test touches."""
-    base, kept = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("kept") / "run"
-    put_tiny_run(base)
-    with one_thread():
-        Run(RunConfig.from_dict(CONFIG, base=base), base / "run").run()
-    shutil.copytree(base, kept)
-    return base, kept
+    return finished_twice(tmp_path_factory, CONFIG)
 
 
 @pytest.fixture
 def folder(finished: tuple[Path, Path]) -> Path:
-    base, kept = finished
-    shutil.rmtree(base)
-    shutil.copytree(kept, base)
-    return base / "run"
+    return restored(*finished) / "run"
 
 
 @pytest.fixture

@@ -14,11 +14,10 @@ import pytest
 from usae_probe import Run, RunConfig
 from usae_probe.errors import ConfigError, StageError, UsaeProbeWarning, UsageError
 from usae_probe.pipeline import RunResult, explorer
-from usae_probe.world import one_thread
 
 from .command import Command, command
 from .test_explorer import embedded
-from .tiny_run import CONFIG, put_tiny_run
+from .tiny_run import CONFIG, finished_twice, restored
 
 SITES = ["a/2", "b/2"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,21 +27,12 @@ Do = Callable[..., RunResult]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder with an evaluated run, its page, and what it was made from; and a copy that no test touches."""
-    base, kept = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("kept") / "run"
-    put_tiny_run(base)
-    with one_thread():
-        Run(RunConfig.from_dict(CONFIG | TABLES, base=base), base / "run").run()
-    shutil.copytree(base, kept)
-    return base, kept
+    return finished_twice(tmp_path_factory, CONFIG | TABLES)
 
 
 @pytest.fixture
 def base(finished: tuple[Path, Path]) -> Path:
-    base, kept = finished
-    shutil.rmtree(base)
-    shutil.copytree(kept, base)
-    return base
+    return restored(*finished)
 
 
 @pytest.fixture

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from usae_probe import Run, RunConfig
 from usae_probe.demo import draw_images, save_drawings
+from usae_probe.world import one_thread
 
 FACTORY = """
 import os, torch
@@ -51,6 +56,23 @@ def put_tiny_run(folder: Path) -> Path:
     (folder / "nets.py").write_text(FACTORY)
     save_drawings(folder / "images.npz", draw_images(60, size=32))
     return folder
+
+
+def finished_twice(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> tuple[Path, Path]:
+    """A folder with a finished run and what it was made from, and a copy that no test touches."""
+    base, kept = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("kept") / "run"
+    put_tiny_run(base)
+    with one_thread():
+        Run(RunConfig.from_dict(config, base=base), base / "run").run()
+    shutil.copytree(base, kept)
+    return base, kept
+
+
+def restored(base: Path, kept: Path) -> Path:
+    """The folder as it was: paths are part of what a run depends on."""
+    shutil.rmtree(base)
+    shutil.copytree(kept, base)
+    return base
 
 
 def toml(tables: dict[str, Any], prefix: str = "") -> str:

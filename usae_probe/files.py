@@ -64,6 +64,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_text(path, json_text(data))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]], *, names: Iterable[str] = ()) -> str:
     """Return rows as CSV under a line of names: all that a row has, in order, or those given where there is no row."""
     text = io.StringIO()

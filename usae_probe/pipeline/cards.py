@@ -11,19 +11,30 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import CamConfig
+from ..config import CamConfig, RunConfig
 from ..errors import ImageError
+from ..hooks import HookedModel
 from ..images import ImageSource, Preprocessing
-from ..probes import Exemplar, NaturalActivations, find_exemplars
-from ..probes.cam import CamPicture, PictureKey, best_restarts, heat_maps, judge
+from ..probes import Exemplar, NaturalActivations, find_exemplars, one_site_per_model
+from ..probes.cam import CamPicture, PictureKey, best_restarts, chosen_targets, heat_maps, judge
 from ..probes.cam.targets import Target
 from ..report.card import Card, CardImage, CardSite
 from ..report.sheet import SheetCell, SheetColumn
 from ..report.style import short
 from ..sites import model_of
+from ..usae import USAE
 from .latents import Known
 
 Pixels = Tensor
+
+
+def live_targets(usae: USAE, models: Sequence[HookedModel], config: RunConfig) -> list[Target]:
+    """Return the class sites of a run in its live models; the USAE goes to where they are."""
+    sites = one_site_per_model(usae.sites, config.probes.sites)
+    given = [model for model in models if model.name in {model_of(site) for site in sites}]
+    targets = chosen_targets(usae, given, sites, config.cam)
+    usae.to(targets[0].device)
+    return targets
 
 
 class CardMaker:

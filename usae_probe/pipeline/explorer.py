@@ -6,7 +6,6 @@ latent make only its own card anew.
 
 from __future__ import annotations
 
-import csv
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,21 +18,20 @@ import numpy as np
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import UsaeProbeError, UsaeProbeWarning
-from ..files import json_sha256, sha256, write_text
+from ..files import json_sha256, read_json, sha256, write_text
 from ..harvesting import demand_same_models
-from ..hooks import HookedModel
 from ..probes import natural_activations, one_site_per_model
-from ..probes.cam import CamPicture, chosen_targets
+from ..probes.cam import CamPicture
 from ..report.explorer import Explorer, card_data, image_side, overview, scan_section, write_explorer
 from ..report.facts import Facts
 from ..report.summary import network_name
-from ..sites import model_of
 from ..split import SPLITS, spoken
 from ..usae import USAE
-from .cards import CardMaker
-from .latents import known_of_latents
+from .cards import CardMaker, live_targets
+from .latents import known_of_latents, latent_rows
+from .measuring import Attached
 from .outcomes import Progress
-from .shelf import pictures_of
+from .shelf import pictures_of, stem
 from .source import same_source
 from .stages import scan_folder
 
@@ -42,8 +40,6 @@ _WORTH = ("universal", "partial", "specific", "chance")
 """Classes whose latents get a card, in this order."""
 _MOST_MEMORY = 2**30  # of natural activations at a time
 _CARD_SCHEMA = 1
-
-Attached = Callable[[ExitStack], list[HookedModel]]
 
 
 class ReportStage:
@@ -56,7 +52,7 @@ class ReportStage:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.metrics: dict[str, Any] = _json(folder / "metrics.json")
+        self.metrics: dict[str, Any] = read_json(folder / "metrics.json")
         self.usae_hash = sha256(folder / "usae.safetensors")
 
     def do(
@@ -80,7 +76,7 @@ class ReportStage:
             progress: called as it goes on.
         """
         scan = self._scan()
-        columns = _columns(self.folder / "latents.csv")
+        columns = _columns(latent_rows(self.folder))
         pictures = pictures_of(self.folder / "cam", self.usae_hash)
         latents = worth_a_card(columns, pictures, self.config.report.cards)
         try:
@@ -128,10 +124,7 @@ class ReportStage:
             with ExitStack() as closing:
                 models = attached(closing)
                 demand_same_models(models, buffer)
-                given = [model for model in models if model.name in {model_of(site) for site in sites}]
-                targets = chosen_targets(usae, given, sites, self.config.cam)
-                usae.to(targets[0].device)
-                maker = CardMaker(targets, self.config.cam, source, known)
+                maker = CardMaker(live_targets(usae, models, self.config), self.config.cam, source, known)
                 for batch in self._batches(missing, buffer, len(sites)):
                     natural = natural_activations(
                         usae,
@@ -173,7 +166,7 @@ class ReportStage:
         folder = scan_folder(self.config, self.folder)
         if folder is None:
             return None
-        said, facts = scan_section(_json(folder / "scan.json"))
+        said, facts = scan_section(read_json(folder / "scan.json"))
         last = ("scan-profile", "scan-latents")  # the heat maps come first
         figures = sorted((folder / "figures").glob("scan-*.png"), key=lambda path: (path.stem in last, path.name))
         return said, facts, figures
@@ -197,7 +190,7 @@ class _CardShelf:
 
     def load(self, latent: int, key: object) -> dict[str, Any] | None:
         try:
-            content = _json(self._path(latent))
+            content = read_json(self._path(latent))
             found: dict[str, Any] = content["card"]
             return found if content["made_from"] == self._hash(key) else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -215,7 +208,7 @@ class _CardShelf:
                 path.unlink()
 
     def _path(self, latent: int) -> Path:
-        return self.folder / f"latent-{latent:05d}.json"
+        return self.folder / f"{stem(latent)}.json"
 
     def _hash(self, key: object) -> str:
         return json_sha256([self.made_from, key])
@@ -255,12 +248,5 @@ def _figures(folder: Path) -> list[Path]:
     return [path for name in first if (path := folder / f"{name}.png").is_file()]
 
 
-def _columns(path: Path) -> dict[str, list[str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file)
-    return {name: [row[place] for row in rows] for place, name in enumerate(head)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _columns(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config import CamConfig
 from ..errors import NoLatentsError, UsageError
+from ..files import read_json
 
 
 def choose_latents(asked: str, folder: Path) -> list[int]:
@@ -24,7 +24,7 @@ def choose_latents(asked: str, folder: Path) -> list[int]:
         NoLatentsError: when there are none of the kind.
         UsageError: when a number is none of the latents.
     """
-    rows = _latent_rows(folder)
+    rows = latent_rows(folder)
     for number in (numbers := CamConfig(latents=asked).numbers):
         if number >= len(rows):
             raise UsageError(f"there is no latent {number}", hint=f"latents are numbered 0 to {len(rows) - 1}")
@@ -53,7 +53,7 @@ class Known(NamedTuple):
 
 def known_of_latents(folder: Path) -> list[Known]:
     """Return what an evaluation found out about every latent."""
-    rows = _latent_rows(folder)
+    rows = latent_rows(folder)
     following = {row["latent"] for row in _following(rows, folder)}
     return [
         Known(row["category"], row["follows"].replace("=", " = ", 1) if row["latent"] in following else "")
@@ -63,7 +63,7 @@ def known_of_latents(folder: Path) -> list[Known]:
 
 def _following(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
     """Return the rows of the latents in `UniversalityReport.following`."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     factors, sites = metrics.get("factors"), set(metrics["class_sites"])
     if factors is None:
         return []
@@ -76,6 +76,7 @@ def _following(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]
     ]
 
 
-def _latent_rows(folder: Path) -> list[dict[str, str]]:
+def latent_rows(folder: Path) -> list[dict[str, str]]:
+    """Read `latents.csv`."""
     with (folder / "latents.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..files import sha256, write_json
 from ..harvesting import demand_same_models
 from ..hooks import HookedModel
-from ..probes import NaturalActivations, one_site_per_model
+from ..probes import NaturalActivations
 from ..probes.cam import (
     JUDGEMENTS,
     CamPicture,
@@ -24,15 +24,13 @@ from ..probes.cam import (
     StepCount,
     Studio,
     Verdict,
-    chosen_targets,
     latent_batches,
     transfers,
 )
 from ..report.card import Card, latent_card
 from ..report.sheet import cam_sheet
-from ..sites import model_of
 from ..usae import USAE
-from .cards import CardMaker, sheet_column
+from .cards import CardMaker, live_targets, sheet_column
 from .latents import choose_latents, known_of_latents
 from .shelf import SCHEMA, Shelf
 from .source import same_source
@@ -69,13 +67,10 @@ class CamStage:
         """
         demand_same_models(models, buffer)
         latents = choose_latents(self.config.cam.latents, self.folder)
-        sites = one_site_per_model(usae.sites, self.config.probes.sites)
         source = same_source(self.config, buffer)
-        given = [model for model in models if model.name in {model_of(site) for site in sites}]
-        targets = chosen_targets(usae, given, sites, self.config.cam)
-        usae.to(targets[0].device)
+        targets = live_targets(usae, models, self.config)
         studio = Studio(targets, self.config.cam, source)
-        shelf = Shelf(self.folder / "cam", self._made_from(given))
+        shelf = Shelf(self.folder / "cam", self._made_from([target.model for target in targets]))
         kept = {latent: shelf.load(latent) for latent in latents}
         steps = StepCount(progress, self._missing_steps(studio, kept))
         known = known_of_latents(self.folder)

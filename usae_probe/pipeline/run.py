@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from ..attaching import check_device
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsError, StageError, UsaeProbeWarning
+from ..files import read_json
 from ..harvesting import HarvestProgress, buffer_spec, harvest
 from ..hooks import HookedModel
 from ..images import open_source
@@ -95,8 +95,8 @@ class Run:
         return RunResult(
             self.folder,
             results,
-            metrics=self._json("metrics.json") if measured else None,
-            cam=self._json("cam/cam.json") if any(done.stage == "cam" for done in results) else None,
+            metrics=read_json(self.folder / "metrics.json") if measured else None,
+            cam=read_json(self.folder / "cam/cam.json") if any(done.stage == "cam" for done in results) else None,
             report=self._report,
         )
 
@@ -289,16 +289,12 @@ class Run:
 
     def _write_page(self) -> StageEnd:
         stage = ReportStage(self.config, self.folder)
-        cam = self._json("cam/cam.json") if self._is_done("cam") else None
+        cam = read_json(self.folder / "cam/cam.json") if self._is_done("cam") else None
         about = self.overview(stage.metrics, cam)
         note = stage.do(
             self.usae(), self.buffer(), about, self._record.data, attached=self._attached, progress=self._progress
         )
         return StageEnd(note)
-
-    def _json(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        return content
 
     def _missing(self, stage: Stage) -> str:
         """Return what is missing of a finished stage's results; empty when all is there."""

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from ..machine import folder_size, memory
 from .buffer import spelled_bytes
-from .r2_table import RAMP, finite, short
+from .r2_table import finite, ramp, short
 from .style import shortened
 from .terminal import R2, StageProgress, is_plain
 
@@ -50,16 +49,7 @@ class Dashboard(StageProgress):
         self.r2_before: R2 | None = None
         self.r2_step = 0
         self._disk = (-_MEASURE_EVERY, "")
-        self._live = Live(console=console, get_renderable=self.screen, transient=True, refresh_per_second=4)
-
-    def __enter__(self) -> StageProgress:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
+        self._moving = Live(console=console, get_renderable=self.screen, transient=True, refresh_per_second=4)
 
     def begin(self, stage: str) -> None:
         """Say that a stage starts."""
@@ -133,7 +123,7 @@ def _cell(value: float | None, before: float | None, width: int) -> Text:
         return Text("–".center(width))
     change = value - before if finite(before) else 0.0
     arrow = "▲" if change >= 0.005 else "▼" if change <= -0.005 else " "
-    ground, ink, _ = RAMP[min(max(int(value * len(RAMP)), 0), len(RAMP) - 1)]
+    ground, ink, _ = ramp(value)
     return Text(f"{short(value)} {arrow}".center(width), style=Style(color=ink, bgcolor=ground))
 
 

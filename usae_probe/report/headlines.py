@@ -40,6 +40,12 @@ def beyond(metrics: Metrics) -> list[Headline]:
     return [found for found in (_alike(metrics), _tax(metrics), _fidelity(metrics)) if found]
 
 
+def n_live(metrics: Metrics) -> int:
+    """Return how many latents are neither rare nor dead."""
+    live: int = metrics["n_latents"] - metrics["counts"]["dead"] - metrics["counts"]["rare"]
+    return live
+
+
 def _pairs(metrics: Metrics) -> list[tuple[str, str]]:
     """Return source and target of the R² to show: both ways of two models, else the highest and the lowest."""
     sites, r2 = metrics["class_sites"], metrics["r2"]
@@ -51,11 +57,9 @@ def _pairs(metrics: Metrics) -> list[tuple[str, str]]:
 
 
 def _universal(metrics: Metrics) -> Headline:
-    counts = metrics["counts"]
-    live = metrics["n_latents"] - counts["dead"] - counts["rare"]
     spread = [text] if (text := seeds(metrics)) else []
-    what = f"universal latents, of {live:,} live ones"
-    return Headline(f"{counts['universal']:,}", what, [*spread, *said_of_nulls(metrics)])
+    what = f"universal latents, of {n_live(metrics):,} live ones"
+    return Headline(f"{metrics['counts']['universal']:,}", what, [*spread, *said_of_nulls(metrics)])
 
 
 def _r2(metrics: Metrics, source: str, target: str) -> Headline:

@@ -23,6 +23,11 @@ _LABEL = 34  # a longer site name is folded
 _HEADING = 12
 
 
+def ramp(share: float) -> tuple[str, str, str]:
+    """Return the colour of a cell between 0 and 1, the ink that has the better contrast on it, and a fainter one."""
+    return RAMP[min(max(int(share * len(RAMP)), 0), len(RAMP) - 1)]
+
+
 def finite(value: float | None) -> TypeGuard[float]:
     """Say whether there is a number."""
     return value is not None and math.isfinite(value)
@@ -92,7 +97,7 @@ class _Pairs(NamedTuple):
         held_out, text = self.held_out[source][target], self.text(source, target).center(width)
         cell = Text("\n".join([text, *[" " * width] * (height - 1)]))
         if finite(held_out):
-            ground, ink, faint = RAMP[min(max(int(held_out * len(RAMP)), 0), len(RAMP) - 1)]
+            ground, ink, faint = ramp(held_out)
             middle = text.index(short(held_out)) + len(short(held_out))
             cell.stylize(Style(color=faint, bgcolor=ground))
             cell.stylize(Style(color=ink, bold=True), 0, middle)

@@ -17,7 +17,7 @@ from rich.text import Text
 from ..probes.scan import pairs_between
 from ..sites import layer_of
 from ..split import spoken
-from .r2_table import RAMP, finite, short
+from .r2_table import finite, ramp, short
 from .style import shortened
 from .summary import file_table
 
@@ -183,7 +183,7 @@ def _cell(value: float | None, hundredths: bool, top: float, width: int, *, best
     if not finite(value):
         return Text(f"{text:>{width}}", style="dim")
     share = value / top if top > 0 else 0.0
-    ground, ink, _ = RAMP[min(max(int(share * len(RAMP)), 0), len(RAMP) - 1)]
+    ground, ink, _ = ramp(share)
     style = Style(color=ink, bgcolor=ground)
     padded = Text(" " * (width - len(text)), style=style)
     return padded.append(text, style=style + Style(underline=best, bold=best))

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .evidence import beside, evidence, seeds
-from .headlines import beyond
+from .headlines import beyond, n_live
 from .r2_table import finite, r2_matrix, short
 from .tables import classes_and_entropy, facts_table, strongest_latents
 
@@ -99,7 +99,7 @@ def answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[str
     """Answer the question in two sentences: what is shared, and what one model's code explains of another."""
     names = model_names(overview)
     counts, n = metrics["counts"], metrics["n_latents"]
-    live = n - counts["dead"] - counts["rare"]
+    live = n_live(metrics)
     if len(names) == 1:
         sharing = f"{names[0]}: {live:,} of {n:,} latents are live."
     else:

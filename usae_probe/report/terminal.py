@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Literal
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -40,17 +41,18 @@ class StageProgress:
             transient=True,
             disable=self.plain,
         )
+        self._moving: Progress | Live = self._bars
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> StageProgress:
-        self._bars.start()
+        self._moving.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        self._moving.stop()
 
     def begin(self, stage: str) -> None:
         """Say that a stage starts."""

@@ -57,7 +57,6 @@ def card_data(card: Card, natural: NaturalActivations, side: int) -> dict[str, A
     return {
         "latent": card.latent,
         "verdict": said(card.verdict),
-        "judgement": card.verdict.judgement if card.verdict and card.pictures else "",
         "n_natural": card.n_natural,
         "unit": card.unit,
         "sites": sites,
@@ -80,7 +79,6 @@ def _picture(picture: CamPicture, side: int) -> dict[str, Any]:
         "src": _webp(picture.pixels, max(side, _PICTURE_SIDE)),
         "failed": picture.failed,
         "ratio": finite(picture.own.ratio),
-        "best_step": picture.best_step,
         "scores": scores,
         "curves": {site: _curve(curve) for site, curve in picture.curves.items()},
     }
@@ -116,7 +114,7 @@ def _webp(picture: Picture, side: int) -> str:
     small = max(image.size) <= _LEAST_SIDE  # of so few pixels none is to be smeared
     out = io.BytesIO()
     image.save(out, "WEBP", lossless=False, quality=95 if small else _QUALITY, method=4)
-    return _uri("webp", out.getvalue())
+    return data_uri("webp", out.getvalue())
 
 
 def _heat_png(heat: Float[np.ndarray, "_ _"]) -> str:
@@ -132,8 +130,9 @@ def _heat_png(heat: Float[np.ndarray, "_ _"]) -> str:
     colours[..., 3] = 0.85 * hot**0.5
     out = io.BytesIO()
     Image.fromarray((255 * colours).round().astype(np.uint8)).quantize(64).save(out, "PNG", optimize=True)
-    return _uri("png", out.getvalue())
+    return data_uri("png", out.getvalue())
 
 
-def _uri(kind: str, content: bytes) -> str:
+def data_uri(kind: str, content: bytes) -> str:
+    """Return an image inside the text."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -106,8 +106,8 @@
       tokens: $("search").value.toLowerCase().split(/\s+/).filter((token) => token && token !== "="),
     };
   }
-  function refresh(keep = false) {
-    const before = view.order[view.at], wanted = wantedNow();
+  function refresh() {
+    const wanted = wantedNow();
     const order = [];
     for (let i = 0; i < n; i++) if (matches(i, wanted)) order.push(i);
     const { values } = shown.find((column) => column.key === view.sort), sign = view.down ? -1 : 1;
@@ -119,9 +119,8 @@
       return typeof x === "string" || typeof y === "string" ? sign * String(x).localeCompare(String(y)) : sign * (x - y);
     });
     view.order = order;
-    const again = keep ? order.indexOf(before) : 0;
-    view.at = Math.max(again, 0);
-    if (!keep) list.scrollTop = 0;
+    view.at = 0;
+    list.scrollTop = 0;
     $("count").textContent = `${order.length.toLocaleString("en-US")} of ${n.toLocaleString("en-US")} latents`;
     for (const column of shown) {
       const cell = $(`head-${column.key}`), own = column.key === view.sort;

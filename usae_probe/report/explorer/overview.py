@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..evidence import evidence
 from ..facts import Facts
 from ..headlines import Headline, headlines
-from ..r2_table import RAMP, finite, short
+from ..r2_table import finite, ramp, short
 from ..style import CLASS_COLOURS, GREY
 from ..summary import answer, model_names, pictures_said, setting
 from ..tables import MEANING
@@ -107,7 +107,7 @@ def _cell(metrics: Metrics, source: str, target: str) -> Cell:
     value, training = metrics["r2"][source][target], metrics["r2_train"][source][target]
     if not finite(value):
         return Cell("–", short(training), "transparent", "inherit")
-    ground, ink, _ = RAMP[min(max(int(value * len(RAMP)), 0), len(RAMP) - 1)]
+    ground, ink, _ = ramp(value)
     return Cell(short(value), short(training), ground, ink)
 
 

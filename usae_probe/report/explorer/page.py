@@ -21,6 +21,7 @@ from ...files import write_text
 from ...probes.cam import RULE
 from ..facts import Facts
 from ..style import CLASS_COLOURS, GREY, cycle
+from .cards import data_uri
 from .overview import Overview
 
 MOST_BYTES = 30_000_000
@@ -65,14 +66,15 @@ def write_explorer(page: Explorer, path: Path, most_bytes: int = MOST_BYTES) -> 
         How many cards it holds.
     """
     cards = {int(card["latent"]): json_block(card) for card in page.cards}
-    rest = len(_rendered(page, {}).encode())
+    shown = _shown(page)
+    rest = len(_rendered(shown, {}).encode())
     held: dict[int, Markup] = {}
     for latent, text in cards.items():
         rest += len(text.encode()) + 100  # with its tag, and its number in the list of cards
         if rest > most_bytes:
             break
         held[latent] = text
-    write_text(path, _rendered(page, held))
+    write_text(path, _rendered(shown, held))
     return len(held)
 
 
@@ -84,37 +86,40 @@ def json_block(data: Any) -> Markup:
     return Markup(text)
 
 
-def _rendered(page: Explorer, cards: Mapping[int, Markup]) -> str:
-    script, style = _part("explorer.js"), _part("explorer.css")
+def _shown(page: Explorer) -> dict[str, Any]:
+    """Return all that the template shows, the cards aside."""
+    script = _part("explorer.js")
     sites = list(page.metrics["class_sites"])
-    settings = {
-        "class_sites": sites,
-        "colours": dict(zip(sites, cycle(len(sites)), strict=True)),
-        "classes": {name: CLASS_COLOURS.get(name, GREY) for name in page.metrics["counts"]},
-        "auroc": (page.metrics.get("factors") or {}).get("auroc"),
-        "cards": list(cards),
-    }
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     scan = None
     if page.scan:
         said, facts, figures = page.scan
         scan = {"said": said, "facts": facts, "figures": [_figure(path) for path in figures]}
-    text: str = _template().render(
-        page=page,
-        o=page.overview,
-        figures=[_figure(path) for path in page.figures],
-        scan=scan,
-        rule=RULE,
-        thresholds=page.metrics.get("thresholds") or {},
-        pictured=any(card["pictures"] for card in page.cards),
-        cards=cards,
-        settings=json_block(settings),
-        metrics=json_block(page.metrics),
-        latents=json_block({name: [_value(cell) for cell in column] for name, column in page.latents.items()}),
-        style=Markup(style),
-        script=Markup(script),
-        csp=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-    )
+    return {
+        "page": page,
+        "o": page.overview,
+        "figures": [_figure(path) for path in page.figures],
+        "scan": scan,
+        "rule": RULE,
+        "thresholds": page.metrics.get("thresholds") or {},
+        "pictured": any(card["pictures"] for card in page.cards),
+        "settings": {
+            "class_sites": sites,
+            "colours": dict(zip(sites, cycle(len(sites)), strict=True)),
+            "classes": {name: CLASS_COLOURS.get(name, GREY) for name in page.metrics["counts"]},
+            "auroc": (page.metrics.get("factors") or {}).get("auroc"),
+        },
+        "metrics": json_block(page.metrics),
+        "latents": json_block({name: [_value(cell) for cell in column] for name, column in page.latents.items()}),
+        "style": Markup(_part("explorer.css")),
+        "script": Markup(script),
+        "csp": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+    }
+
+
+def _rendered(shown: Mapping[str, Any], cards: Mapping[int, Markup]) -> str:
+    settings = json_block(shown["settings"] | {"cards": list(cards)})
+    text: str = _template().render({**shown, "cards": cards, "settings": settings})
     return text
 
 
@@ -148,12 +153,8 @@ def _figure(path: Path) -> _Figure:
     """Put a figure into the text: the SVG where there is one, with title and caption as what it says in words."""
     vector = path.with_suffix(".svg")
     if not vector.is_file():
-        return _Figure(path.stem, _uri("png", path), f"figure {path.stem}")
+        return _Figure(path.stem, data_uri("png", path.read_bytes()), f"figure {path.stem}")
     whole = ElementTree.fromstring(vector.read_text(encoding="utf-8"))
     found = [whole.find(f".//{{{_DUBLIN_CORE}}}{name}") for name in ("title", "description")]
     said = ". ".join(element.text for element in found if element is not None and element.text)
-    return _Figure(path.stem, _uri("svg+xml", vector), said or path.stem)
-
-
-def _uri(kind: str, path: Path) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    return _Figure(path.stem, data_uri("svg+xml", vector.read_bytes()), said or path.stem)
