@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -309,8 +311,27 @@ def test_pretrained_weights_without_network_fail_fast_with_a_way_out() -> None:
     with pytest.raises(AdapterError, match=r"could not load the pretrained weights of 'resnet18\.a1_in1k'") as caught:
         attach("timm:resnet18.a1_in1k")
     assert time.monotonic() - start < 10
-    assert "checkpoint" in caught.value.hint
-    assert "pretrained = false" in caught.value.hint
+    for way in ("hf download timm/resnet18.a1_in1k", "HF_HOME", "checkpoint", "pretrained = false"):
+        assert way in caught.value.hint
+
+
+def test_weights_that_were_downloaded_are_found_in_hf_home(tmp_path: Path) -> None:
+    """The layout that `hf download` leaves in HF_HOME, in a process of its own: the library reads it when imported."""
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    weights["fc.bias"] += 3
+    repository = tmp_path / "hub/models--timm--test_resnet.r160_in1k"
+    (repository / "snapshots/0123").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    save_file(weights, repository / "snapshots/0123/model.safetensors")
+    script = (
+        "import usae_probe as up\n"
+        "with up.attach('timm:test_resnet', layers=['fc']) as hooked:\n"
+        "    print(hooked.module.fc.bias.mean().item())\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(float(weights["fc.bias"].mean()))
 
 
 def test_devices_and_dtypes() -> None:

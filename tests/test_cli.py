@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import usae_probe
 import usae_probe.demo
 from usae_probe import ActivationBuffer, Run, RunConfig
-from usae_probe.cli import main
 from usae_probe.pipeline import Stage
 from usae_probe.report.r2_table import short
 
@@ -281,10 +281,34 @@ def test_a_bug_is_called_one(cli: Command, monkeypatch: pytest.MonkeyPatch) -> N
     result = cli("run", "c.toml", "--json")
     assert result.status == 1
     assert json.loads(result.out)["error"]["type"] == "ZeroDivisionError"
-    assert "USAE_PROBE_DEBUG" in result.out
-    monkeypatch.setenv("USAE_PROBE_DEBUG", "1")
+    assert "--debug" in result.out
+    monkeypatch.setenv("USAE_PROBE_DEBUG", "")  # put back behind the test
     with pytest.raises(ZeroDivisionError):
-        main()
+        cli("run", "c.toml", "--debug")
+    with pytest.raises(ZeroDivisionError):
+        cli("--debug", "run", "c.toml")
+
+
+def test_the_version(cli: Command) -> None:
+    assert cli("--version") == (0, f"usae-probe {usae_probe.__version__}\n", "")
+
+
+def test_device_and_dtype_come_before_the_configs(cli: Command) -> None:
+    for option, value, said in (
+        ("--device", "gpu", "'device'"),
+        ("--dtype", "fp16", "'float32', 'float16' or 'bfloat16'"),
+    ):
+        result = cli("harvest", "c.toml", option, value)
+        assert (result.status, said in result.err) == (2, True), result.err
+    config = RunConfig.load("c.toml").on("cpu", "bfloat16")
+    assert {(model.device, model.dtype) for model in config.models.values()} == {("cpu", "bfloat16")}
+    assert (config.train.device, config.base) == ("cpu", RunConfig.load("c.toml").base)
+    assert cli("harvest", "c.toml", "--device", "cpu", "--dtype", "bfloat16", "--out", "half").status == 0
+    record = json.loads(Path("half/run.json").read_text())
+    assert {model["dtype"] for model in record["config"]["models"].values()} == {"bfloat16"}
+    # What is only about where it runs does not make a finished stage another one; the dtype does.
+    assert "kept" in cli("harvest", "c.toml", "--device", "auto", "--dtype", "bfloat16", "--out", "half").err
+    assert "models.a.dtype" in cli("harvest", "c.toml", "--out", "half").err
 
 
 def test_no_argument_shows_the_help(cli: Command) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from usae_probe.errors import ConfigError, ImageError, NotBuiltError
+from usae_probe.errors import ConfigError, ImageError
 from usae_probe.images import (
     ArraySource,
     DatasetSource,
@@ -445,11 +445,6 @@ def test_missing_empty_and_unknown(tmp_path: Path):
     write(tmp_path / "x.jpg")
     with pytest.raises(ImageError, match="a single picture is no source: give its folder"):
         open_source(tmp_path / "x.jpg")
-
-
-def test_torchvision_is_not_built():
-    with pytest.raises(NotBuiltError, match=r"'torchvision:CIFAR10' is not built.*torchvision.datasets.CIFAR10\(root"):
-        open_source("torchvision:CIFAR10")
 
 
 def test_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -74,7 +74,7 @@ def harvest(
         raise ConfigError(
             "a ring is used up by a training that goes along with the harvest", hint="call harvest_and_train"
         )
-    source = images if isinstance(images, ImageSource) else open_source(images)
+    source = images if isinstance(images, ImageSource) else open_source(images, options=how.options)
     spec = buffer_spec(models, source, how, store)
     world = world or World()
     if not world.main:

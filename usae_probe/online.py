@@ -116,7 +116,7 @@ def harvest_and_train(
         train_config or TrainConfig(),
     )
     pictures, store, shape, how = settled(given, _without_seed(settings))
-    source = images if isinstance(images, ImageSource) else open_source(images)
+    source = images if isinstance(images, ImageSource) else open_source(images, options=pictures.options)
     online = plan_online(buffer_spec(models, source, pictures, store), store, shape, how)
 
     def trained(buffer: OnlineBuffer) -> TrainResult:

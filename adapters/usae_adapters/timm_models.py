@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import timm
 from timm.data import resolve_model_data_config
-from timm.models import is_model, list_models
+from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
 from usae_probe.adapter import LoadedModel, ModelSpec, Preprocessing
@@ -48,9 +48,25 @@ def _create(spec: ModelSpec) -> nn.Module:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise AdapterError(
             f"timm could not load the pretrained weights of '{spec.name}': {reason}",
-            hint="without network give checkpoint = 'weights.safetensors', or pretrained = false",
+            hint=f"{_how_to_fetch(spec.name)}; or give checkpoint = 'weights.safetensors', or pretrained = false",
         ) from error
     return module
+
+
+def _how_to_fetch(name: str) -> str:
+    """Say what to download where, for a machine without network."""
+    from huggingface_hub.constants import HF_HOME
+
+    source, colon, repository = name.partition(":")
+    known = None if colon else get_pretrained_cfg(name)
+    if not colon:
+        repository = (known and known.hf_hub_id) or ""
+    elif source not in ("hf-hub", "hf_hub"):
+        return f"timm looks for it in {repository}"
+    if repository:
+        return f"with network: hf download {repository}, then copy that machine's HF_HOME here ({HF_HOME})"
+    url = known and known.url
+    return f"with network: download {url}, and name the file as checkpoint" if url else "timm knows no weights of it"
 
 
 def _described(module: nn.Module) -> LoadedModel:

@@ -7,10 +7,13 @@ fails; 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from typing import Annotated
 
 import typer
 
+from .. import __version__
 from . import buffer, models, scan, stages, sweep
 
 app = typer.Typer(
@@ -21,6 +24,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _say_version(asked: bool) -> bool:
+    if asked:
+        sys.stdout.write(f"usae-probe {__version__}\n")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", callback=_say_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an unforeseen error happened; may stand anywhere.")
+    ] = False,
+) -> None:
+    pass
+
+
 for _command in (
     stages.run,
     stages.harvest,
@@ -40,9 +64,13 @@ app.add_typer(buffer.app)
 
 def main() -> None:
     """Run the command line; usage errors follow `--json` too."""
-    as_json = "--json" in sys.argv[1:]
+    arguments = sys.argv[1:]
+    as_json = "--json" in arguments
+    if "--debug" in arguments:
+        os.environ["USAE_PROBE_DEBUG"] = "1"  # of processes that this one starts, too
+        arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        status = app(standalone_mode=False)
+        status = app(arguments, standalone_mode=False)
     except typer.Exit as leaving:
         status = leaving.exit_code
     except typer.Abort:

@@ -18,6 +18,14 @@ from .several import demand_alone
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Config of the run.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Of all models and the training: auto, cpu, cuda, cuda:1; default: the config's."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of the forward passes: float32, float16 or bfloat16; default: the config's."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<config's name>.")]
 
 
@@ -52,7 +60,7 @@ def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[N
     except Exception as error:
         if os.environ.get("USAE_PROBE_DEBUG"):
             raise
-        hint = "this is a bug or an unusual model: set USAE_PROBE_DEBUG=1 to see where it happened"
+        hint = "this is a bug or an unusual model: add --debug (or set USAE_PROBE_DEBUG=1) to see where it happened"
         _fail(as_json, type(error).__name__, str(error) or repr(error), hint, 1)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Json, guard, show, shown_warnings
+from .common import Config, Device, Dtype, Json, guard, show, shown_warnings
 from .running import say_stage
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def scan(
         bool, typer.Option("--holdout", help="Measure on the held-out rows: once, after layers were chosen.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Scan folder; default: runs/<config's name>-scan.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Compare every layer of each model with every layer of the others: one harvest, one USAE over all of them, and
@@ -57,7 +59,7 @@ def scan(
     with guard(as_json, str(folder)):
         from ..config import RunConfig, settled
 
-        whole = RunConfig.load(config)
+        whole = RunConfig.load(config).on(device, dtype)
         options: dict[str, Any] = {
             "depth": depth,
             "every": every,

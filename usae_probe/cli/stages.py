@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Config, Json, Out, guard
+from .common import Config, Device, Dtype, Json, Out, guard
 from .running import do_stages
 from .several import help_process_0, together
 
@@ -15,25 +15,27 @@ if TYPE_CHECKING:
     from ..pipeline import Stage
 
 
-def run(config: Config, out: Out = None, as_json: Json = False) -> None:
+def run(config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
     """Do all stages: harvest, train, evaluate, report (and cam, with a [cam] table). Finished ones are kept, also of a
     run that was interrupted. Under torchrun all processes train."""
-    _stages(config, out, as_json, None)
+    _stages(config, out, (device, dtype), as_json, None)
 
 
-def harvest(config: Config, out: Out = None, as_json: Json = False) -> None:
+def harvest(config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
     """Stream the activations of all sites into the run's buffer."""
-    _stages(config, out, as_json, ("harvest",))
+    _stages(config, out, (device, dtype), as_json, ("harvest",))
 
 
-def train(config: Config, out: Out = None, as_json: Json = False) -> None:
+def train(config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
     """Train the USAE from the run's buffer, which harvest has made. Under torchrun all processes train."""
-    _stages(config, out, as_json, ("train",))
+    _stages(config, out, (device, dtype), as_json, ("train",))
 
 
-def evaluate(config: Config, out: Out = None, as_json: Json = False) -> None:
+def evaluate(
+    config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False
+) -> None:
     """Measure what the sites have in common, on held-out rows."""
-    _stages(config, out, as_json, ("evaluate",))
+    _stages(config, out, (device, dtype), as_json, ("evaluate",))
 
 
 def demo(
@@ -76,6 +78,7 @@ def cam(
         int | None, typer.Option("--max-batch", help="Pictures in one forward pass: bounds the memory.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of starts and transforms.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Draw what makes each model fire shared latents: gradient ascent to the pixels, checked against natural images,
@@ -86,7 +89,7 @@ def cam(
         from ..pipeline import RunRecord
 
         record = RunRecord(run_dir)
-        config = record.config()
+        config = record.config().on(device)
         options = {
             "latents": latents,
             "modes": None if mode is None else [part.strip() for part in mode.split(",")],
@@ -113,6 +116,7 @@ def report(
         Path | None,
         typer.Option("--scan", metavar="SCAN_DIR", help="Scan that the page shows; default: RUN_DIR-scan, if there."),
     ] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Write report.html: all that was found, in one page that opens from disk, with cards of the latents worth one."""
@@ -126,18 +130,25 @@ def report(
                 f"'{run_dir}' is a scan's folder, and a page is of a run",
                 hint=f"usae-probe report RUN_DIR --scan {run_dir} shows it on its run's page",
             )
-        config = RunRecord(run_dir).config()
+        config = RunRecord(run_dir).config().on(device)
         options = {"cards": cards, "scan": None if scan is None else str(scan.resolve())}
         (page,) = settled((config.report,), {key: value for key, value in options.items() if value is not None})
         do_stages(config.model_copy(update={"report": page}), run_dir, as_json, ("report",))
 
 
-def _stages(config: Path, out: Path | None, as_json: bool, stages: tuple[Stage, ...] | None) -> None:
+def _stages(
+    config: Path,
+    out: Path | None,
+    on: tuple[str | None, str | None],
+    as_json: bool,
+    stages: tuple[Stage, ...] | None,
+) -> None:
     folder = out or Path("runs") / config.stem
     with guard(as_json, str(folder), joins=True), together() as world:
         from ..config import RunConfig
 
+        loaded = RunConfig.load(config).on(*on)
         if world and not world.main:
-            help_process_0(RunConfig.load(config), folder, stages, world)
+            help_process_0(loaded, folder, stages, world)
         else:
-            do_stages(RunConfig.load(config), folder, as_json, stages, world=world)
+            do_stages(loaded, folder, as_json, stages, world=world)

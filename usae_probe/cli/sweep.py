@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Config, Json, guard, show, shown_warnings
+from .common import Config, Device, Dtype, Json, guard, show, shown_warnings
 from .running import say_stage
 
 if TYPE_CHECKING:
+    from ..config import RunConfig
     from ..pipeline import CellResult, Stage, StageResult
     from ..split import SplitName
 
@@ -37,24 +38,32 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option("--out", help="Sweep folder; default: runs/<config's name>-sweep.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Train and measure all combinations of settings from one buffer. Finished ones are kept, also of a sweep that was
     interrupted."""
     folder = out or Path("runs") / f"{config.stem}-sweep"
     with guard(as_json, str(folder)):
-        n_failed = _sweep(
-            config, settings or [], seeds, buffer, "holdout" if holdout else "validation", folder, as_json
-        )
+        from ..config import RunConfig
+
+        whole = RunConfig.load(config).on(device, dtype)
+        n_failed = _sweep(whole, settings or [], seeds, buffer, "holdout" if holdout else "validation", folder, as_json)
     if n_failed:
         raise typer.Exit(1)
 
 
 def _sweep(
-    config: Path, settings: list[str], seeds: int, buffer: Path | None, split: SplitName, folder: Path, as_json: bool
+    config: RunConfig,
+    settings: list[str],
+    seeds: int,
+    buffer: Path | None,
+    split: SplitName,
+    folder: Path,
+    as_json: bool,
 ) -> int:
     """Do a sweep, show it, and return how many of its cells failed."""
-    from ..config import RunConfig
     from ..pipeline import CellResult, Sweep, SweepProgress, parsed_settings
     from ..report import terminal
     from ..report.sweep import sweep_summary
@@ -76,7 +85,7 @@ def _sweep(
             bars.update(*at.now)
 
         doing = Sweep(
-            RunConfig.load(config),
+            config,
             folder,
             parsed_settings(settings),
             seeds=seeds,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ByteSize, Field, PrivateAttr, model_validator
 from ..errors import ConfigError
 from ..sites import Site, check_model_name
 from .cam import CamConfig
-from .checks import checked, field_at
+from .checks import checked, field_at, settled
 from .report import ReportConfig
 from .scan import ScanConfig
 from .sparsities import check_used
@@ -76,6 +76,17 @@ class RunConfig(Table):
         """The folder that relative paths start from: the config file's own."""
         return self._base
 
+    def on(self, device: str | None = None, dtype: str | None = None) -> RunConfig:
+        """Return the config with all models and the training on one device, all forward passes in one dtype.
+
+        Raises:
+            ConfigError: for a device or a dtype that there is not.
+        """
+        of_models = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        models = {name: settled((model,), of_models)[0] for name, model in self.models.items()}
+        (train,) = settled((self.train,), {} if device is None else {"device": device})
+        return self.model_copy(update={"models": models, "train": train})
+
     @property
     def lists_layers(self) -> str:
         """What lists the models' layers, for error messages; empty for a config that was read from no file."""
@@ -87,9 +98,24 @@ class RunConfig(Table):
 
     @property
     def image_path(self) -> str:
-        """`images.source` with a relative path resolved."""
-        source = self.images.source
-        return source if source.startswith("torchvision:") else str((self.base / Path(source).expanduser()).resolve())
+        """`images.source` with a relative path resolved; names of data sets stay as they are."""
+        prefix, colon, name = self.images.source.partition(":")
+        if not colon or prefix not in ("torchvision", "datasets"):
+            return str(self._resolved(self.images.source))
+        local = self._resolved(name)
+        return f"{prefix}:{local}" if prefix == "datasets" and local.exists() else self.images.source
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """`images.options` with relative folders resolved."""
+        folders = ("root", "data_dir", "cache_dir")
+        return {
+            key: str(self._resolved(value)) if key in folders and isinstance(value, str) else value
+            for key, value in self.images.options.items()
+        }
+
+    def _resolved(self, path: str) -> Path:
+        return (self.base / Path(path).expanduser()).resolve()
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:

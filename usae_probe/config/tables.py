@@ -54,7 +54,13 @@ class ModelConfig(Table):
 class ImagesConfig(Table):
     """`[images]`: which pictures, and their split by image."""
 
-    source: str = Field(description="folder (recursive), or .npz/.npy of uint8 N,H,W,3")
+    source: str = Field(
+        description="folder (recursive), .npz/.npy of uint8 N,H,W,3, torchvision:CIFAR10, or datasets:NAME_OR_FOLDER"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of a data set by name: {root = 'data', train = false}, {split = 'train', image = 'img'}",
+    )
     limit: int | None = Field(None, ge=1, description="images drawn by seed over the whole source; default: all")
     holdout: Share = Field(0.1, description="share of images kept for evaluation")
     validation: Share = Field(0.1, description="share of the training images kept for choices during training")

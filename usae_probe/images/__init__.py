@@ -7,13 +7,14 @@ from .decode import decode_file
 from .loading import LoadedImages, SkippedImage, iter_batches, load_images
 from .opaque import OpaqueTransform
 from .preprocess import Preprocessing, at_size
-from .sources import ArraySource, DatasetSource, FolderSource, ImageSource, open_source
+from .sources import ArraySource, DatasetSource, FolderSource, HuggingFaceSource, ImageSource, open_source
 
 __all__ = [
     "Annotation",
     "ArraySource",
     "DatasetSource",
     "FolderSource",
+    "HuggingFaceSource",
     "ImageSource",
     "LoadedImages",
     "OpaqueTransform",

@@ -30,6 +30,7 @@ class DatasetSource:
 
     Args:
         dataset: see `rgb_from_item` for what counts as a picture.
+        location: what it is called; default: its class.
 
     Raises:
         ImageError: when it has no length or is empty.
@@ -37,9 +38,10 @@ class DatasetSource:
 
     kind = "dataset"
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, *, location: str | None = None) -> None:
         self.dataset = dataset
-        self.location = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+        self._kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+        self.location = location or self._kind
         if not isinstance(dataset, MapDataset):
             raise ImageError(
                 f"{self.location} has no length or no items by number, expected a map-style data set",
@@ -74,9 +76,9 @@ class DatasetSource:
         return _split(self.dataset[index])[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 over class name, length, repr (without memory addresses), and the first and last item."""
-        described = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.dataset))
-        digest = hashlib.sha256(f"dataset\0{self.location}\0{len(self)}\0{described}\0".encode(errors="replace"))
+        """SHA-256 over class name, length, repr (without memory addresses and folders), and the first and last item."""
+        described = re.sub(r" at 0x[0-9a-fA-F]+|Root location: .*", "", repr(self.dataset))
+        digest = hashlib.sha256(f"dataset\0{self._kind}\0{len(self)}\0{described}\0".encode(errors="replace"))
         for index in (0, len(self) - 1):
             try:
                 picture = self.load(index)

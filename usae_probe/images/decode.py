@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ Picture = UInt8[np.ndarray, "h w 3"]
 """One decoded picture: red, green, blue; contiguous, writable and owned by the caller."""
 
 
-def decode_file(path: Path, name: str) -> Picture:
-    """Decode a picture file; `name` is what an error calls it.
+def decode_file(file: Path | io.BytesIO, name: str) -> Picture:
+    """Decode a picture file, or its bytes as an open file; `name` is what an error calls it.
 
     Raises:
         ImageError: when the file is missing, empty, truncated, damaged, too large or of a mode without a colour.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return rgb_from_pil(image)
     except MemoryError:  # Says nothing about the picture.
         raise

@@ -12,12 +12,12 @@ from ..config import RunConfig
 from ..errors import BufferIntegrityError, UsaeProbeWarning
 from ..harvesting import HarvestProgress, buffer_spec, fill, harvest
 from ..hooks import HookedModel
-from ..images import ImageSource, open_source
+from ..images import ImageSource
 from ..online import along, plan_online
 from ..usae import StepRecord, TrainResult
 from ..world import World
 from .models import attach_all
-from .source import labels_of
+from .source import images_of, labels_of
 from .training import STATE, train_in
 
 
@@ -97,7 +97,7 @@ def help_harvest(folder: Path, config: RunConfig, world: World) -> None:
             warnings.simplefilter("ignore", UsaeProbeWarning)  # process 0 says them
             harvest(
                 attach_all(config, closing, world),
-                open_source(config.image_path),
+                images_of(config),
                 folder / "buffer",
                 images_config=config.images,
                 buffer_config=config.buffer,

@@ -16,7 +16,6 @@ from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsErr
 from ..files import read_json
 from ..harvesting import HarvestProgress, buffer_spec, harvest
 from ..hooks import HookedModel
-from ..images import open_source
 from ..probes import UniversalityReport, one_site_per_model
 from ..split import SPLITS
 from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, warn_without_bottleneck
@@ -27,7 +26,7 @@ from .models import attach_all
 from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
-from .source import demand_same_images, labelled_source, labels_of
+from .source import demand_same_images, images_of, labelled_source, labels_of
 from .stages import RESULTS, STAGES, Stage, earlier, scan_folder
 from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
 
@@ -189,7 +188,7 @@ class Run:
             BufferMismatchError: with both fingerprints.
         """
         with suppress(ImageError, OSError):
-            demand_same_images(open_source(self.config.image_path), self.buffer())
+            demand_same_images(images_of(self.config), self.buffer())
 
     def _harvest(self) -> None:
         config = self.config

@@ -15,7 +15,7 @@ from ..config import RunConfig
 from ..errors import ConfigError, UsageError
 from ..files import json_sha256, write_json, write_text
 from ..hooks import HookedModel
-from ..images import annotations_of, open_source
+from ..images import annotations_of
 from ..probes.scan import ScanProgress, ScanReport, ScanSettings, choose_sites, depths_of, joint_length, scan_buffer
 from ..report.scan_figures import scan_figures
 from ..sites import layer_of
@@ -25,7 +25,7 @@ from .controls import UntrainedRun
 from .models import attach_all
 from .outcomes import Progress, StageResult
 from .run import Run
-from .source import labels_of, same_source
+from .source import images_of, labels_of, same_source
 from .stages import Stage
 
 
@@ -186,7 +186,7 @@ class Scan:
             limit = steps = None
             about = ""
             if self.config.scan.budget:
-                source = open_source(self.config.image_path)
+                source = images_of(self.config)
                 wanted = sites
                 chosen = fit_budget(self.config, models, source, sites, spent=time.perf_counter() - began)
                 sites, limit, steps = chosen.sites, chosen.images, chosen.steps

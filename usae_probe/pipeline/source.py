@@ -14,6 +14,15 @@ from ..probes import label_within
 from ..usae import demand_labels
 
 
+def images_of(config: RunConfig) -> ImageSource:
+    """Open the images that a config names.
+
+    Raises:
+        ImageError, UsageError: see `open_source`.
+    """
+    return open_source(config.image_path, options=config.image_options)
+
+
 def demand_same_images(source: ImageSource, buffer: ActivationBuffer) -> None:
     """Check that a source holds the images that a buffer was made of.
 
@@ -37,7 +46,7 @@ def same_source(config: RunConfig, buffer: ActivationBuffer) -> ImageSource | No
         BufferMismatchError: when they are not the same any more.
     """
     try:
-        source = open_source(config.image_path)
+        source = images_of(config)
     except (ImageError, OSError) as error:
         warnings.warn(f"labels and images of {config.image_path} are left out: {error}", UsaeProbeWarning, stacklevel=2)
         return None
@@ -52,7 +61,7 @@ def labelled_source(config: RunConfig) -> ImageSource:
         ConfigError: when rows are to be exchanged within labels, and the images have none.
         UsageError: when they have others than the one that is asked for.
     """
-    source = open_source(config.image_path)
+    source = images_of(config)
     if config.probes.within or config.train.pairing == "label":
         found = label_within(annotations_of(source), config.probes.within)
         if found is None and config.probes.within:
@@ -69,5 +78,5 @@ def labels_of(config: RunConfig) -> np.ndarray | None:
     """Return the label of every image that training pairs rows by; None where it does not, or where there is none."""
     if config.train.pairing != "label":
         return None
-    found = label_within(annotations_of(open_source(config.image_path)), config.probes.within)
+    found = label_within(annotations_of(images_of(config)), config.probes.within)
     return None if found is None else found.values

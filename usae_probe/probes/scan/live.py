@@ -80,7 +80,7 @@ def scan(
     if how.budget or how.floor or store.trains_along:
         what = "budget" if how.budget else "floor" if how.floor else "training along with the harvest"
         raise NotBuiltError(f"up.scan() of live models has no {what}", hint="`usae-probe scan CONFIG.toml` has")
-    source = images if isinstance(images, ImageSource) else open_source(images)
+    source = images if isinstance(images, ImageSource) else open_source(images, options=pictures.options)
     sites = choose_sites(models, how)
     tell = progress or (lambda _: None)
 
