@@ -244,7 +244,7 @@ def test_a_budget_says_what_it_chose_and_keeps_to_it(do: Callable[..., ScanResul
 def test_a_short_budget_chooses_less(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget_module, "_image_seconds", lambda *_: 0.1)
     monkeypatch.setattr(budget_module, "_multiplications_per_second", lambda: 1e12)
-    monkeypatch.setattr(budget_module._StepSeconds, "_timed", lambda _, __, widths: 0.01 * len(widths))
+    monkeypatch.setattr(budget_module, "step_seconds", lambda _, __, widths, steps: 0.01 * len(widths))
     monkeypatch.setattr(budget_module, "_LEAST_IMAGES", 20)
 
     def chosen(budget: str, **more: Any) -> budget_module.Chosen:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import resource
 import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
+"""What results depend on."""
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of those of these distributions that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def peak_memory() -> int:
@@ -23,6 +41,14 @@ def memory() -> int:
         return _status("VmRSS:")
     except (OSError, ValueError, IndexError):
         return peak_memory()
+
+
+def installed_memory() -> int | None:
+    """Return the bytes of memory of this machine, where the system says so."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
 
 
 def folder_size(folder: Path) -> int:

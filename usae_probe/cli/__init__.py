@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import buffer, models, scan, stages, sweep
+from . import buffer, doctor, models, scan, stages, sweep
 
 app = typer.Typer(
     name="usae-probe",
@@ -57,6 +57,7 @@ for _command in (
     stages.report,
     models.adapters,
     models.layers,
+    doctor.doctor,
 ):
     app.command()(_command)
 app.add_typer(buffer.app)

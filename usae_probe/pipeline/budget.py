@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import ImageError, UsageError
 from ..hooks import HookedModel, evenly
 from ..images import ImageSource, iter_batches
 from ..probes.scan import pairs_between, times_as_long
 from ..sites import Site
-from ..usae import StepRecord, train
+from .timing import step_seconds
 
 _RESERVE = 0.8
 """Share of a budget that is planned for: times are estimates."""
@@ -153,37 +151,15 @@ class _StepSeconds:
     """Seconds of a training step, a straight line in the width of all sites through two that are timed."""
 
     def __init__(self, config: RunConfig, widths: Sequence[Sequence[int]]) -> None:
-        self._points = [(float(sum(of)), self._timed(config, of)) for of in widths]
+        self._points = [
+            (float(sum(of)), step_seconds(config.usae, config.train, of, steps=_TRIAL_STEPS)) for of in widths
+        ]
 
     def __call__(self, widths: Sequence[int]) -> float:
         (x0, t0), (x1, t1) = self._points[0], self._points[-1]
         if x0 == x1:
             return t0
         return max(t1 + (t0 - t1) * (sum(widths) - x1) / (x0 - x1), 1e-4)
-
-    def _timed(self, config: RunConfig, widths: Sequence[int]) -> float:
-        n = config.train.batch_size
-        draw = np.random.default_rng(0)
-        rows = {f"m{i}/x": draw.standard_normal((2 * n, width), dtype=np.float32) for i, width in enumerate(widths)}
-        ends: list[tuple[str, float]] = []
-
-        def follow(record: StepRecord) -> None:
-            ends.append((record.phase, time.perf_counter()))
-
-        how = config.train.model_copy(
-            update={"steps": _TRIAL_STEPS, "epochs": None, "validate_every": 0, "early_stop": 0, "keep": "last"}
-            | {"tensorboard": False, "source": "random", "site_weights": None, "pairing": "image"}
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            buffer = ActivationBuffer.from_arrays(rows, folder, holdout=0.0, validation=0.0)
-            train(buffer, usae_config=config.usae, train_config=how, progress=follow)
-        spent: dict[str, list[float]] = {}
-        for (_, before), (phase, after) in pairwise(ends):
-            spent.setdefault(phase, []).append(after - before)
-        share = how.align_warmup if "align" in spent else 0.0
-        align = float(np.median(spent.get("align", [0.0])))
-        main = float(np.median(spent.get("main", [0.0])[1:] or spent.get("main", [0.0])))
-        return share * align + (1 - share) * main
 
 
 def _multiplications_per_second() -> float:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, default_of
 from ..errors import CheckpointError, StageError, UsageError
 from ..files import sha256, write_json
-from ..machine import peak_memory
+from ..machine import peak_memory, versions
 from .stages import RESULTS, Stage, depends_on
 
 SCHEMA = 1
 _OF_ALL_STAGES = ("seconds", "peak_memory_bytes", "depends_on")
-_PACKAGES = ("usae-probe", "torch", "torchvision", "timm", "nnsight", "numpy", "h5py", "scipy")
 
 
 class RunRecord:
@@ -63,7 +60,7 @@ class RunRecord:
         """Write down that a stage is finished; `about` is what else is worth keeping, on which nothing depends."""
         self._data["config"] = json.loads(config.model_dump_json())
         self._data["base"] = _spell(config.base, self.folder)
-        self._data["versions"] = {"python": platform.python_version(), **dict(_versions())}
+        self._data["versions"] = versions()
         self._data["stages"][stage] = {
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
@@ -130,11 +127,3 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"'{path}' is damaged: {error}", hint="restore it, or remove it to do all stages again"
         ) from error
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue

@@ -10,22 +10,26 @@ sparse: three products with z, under the same autograd functions. They never let
 """
 
 from .base import Codes, Kernel, PreActivations, Precision, SiteEncoder, Support, to_dense
-from .choose import choose_kernel
+from .choose import KERNELS, choose_kernel
 from .csr import CsrKernel
 from .reference import ReferenceKernel
 from .selection import select_batch_topk, select_topk
+from .selfcheck import KernelCheck, check_kernel
 from .triton_kernel import TritonKernel
 
 __all__ = [
+    "KERNELS",
     "Codes",
     "CsrKernel",
     "Kernel",
+    "KernelCheck",
     "PreActivations",
     "Precision",
     "ReferenceKernel",
     "SiteEncoder",
     "Support",
     "TritonKernel",
+    "check_kernel",
     "choose_kernel",
     "select_batch_topk",
     "select_topk",
