@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .probes.cam import CamPicture, maximize
     from .probes.scan import ScanReport, scan
     from .sites import Site
-    from .usae import USAE, Codes, TensorBoardCallback, TrainResult, train, train_independent
+    from .usae import USAE, Codes, TensorBoardCallback, TrainResult, export_sae, train, train_independent
     from .usae.distributed import joined
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ _HOMES = {
     "UsaeProbeError": "errors",
     "attach": "attaching",
     "evaluate": "probes",
+    "export_sae": "usae",
     "harvest": "harvesting",
     "harvest_and_train": "online",
     "joined": "usae.distributed",
@@ -73,6 +74,7 @@ __all__ = [
     "UsaeProbeError",
     "attach",
     "evaluate",
+    "export_sae",
     "harvest",
     "harvest_and_train",
     "joined",

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import buffer, doctor, models, scan, stages, sweep
+from . import buffer, doctor, export, models, scan, stages, sweep
 
 app = typer.Typer(
     name="usae-probe",
@@ -55,6 +55,7 @@ for _command in (
     stages.demo,
     stages.cam,
     stages.report,
+    export.export,
     models.adapters,
     models.layers,
     doctor.doctor,

@@ -24,9 +24,9 @@ from ..probes import natural_activations, one_site_per_model
 from ..probes.cam import CamPicture
 from ..report.explorer import Explorer, card_data, image_side, overview, scan_section, write_explorer
 from ..report.facts import Facts
-from ..report.summary import network_name
-from ..split import SPLITS, spoken
+from ..split import SPLITS
 from ..usae import USAE
+from .about import about_run
 from .cards import CardMaker, live_targets
 from .latents import known_of_latents, latent_rows
 from .measuring import Attached
@@ -92,7 +92,7 @@ class ReportStage:
             cards=cards,
             figures=_figures(self.folder / "figures"),
             scan=scan,
-            about=list(_about(record, about, self.metrics)),
+            about=list(about_run(record, about, self.metrics)),
         )
         held = write_explorer(page, self.folder / PAGE)
         left = f" of {len(cards):,}: more would not fit into a page of 30 MB" if held < len(cards) else ""
@@ -212,34 +212,6 @@ class _CardShelf:
 
     def _hash(self, key: object) -> str:
         return json_sha256([self.made_from, key])
-
-
-def _about(record: Mapping[str, Any], about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[Facts]:
-    """Yield tables of what was run."""
-    config = record["config"]
-    models = [  # of files and folders the name alone: the page may be mailed
-        [
-            name,
-            network_name(model["name"]),
-            model["adapter"],
-            ", ".join(about["models"][name]["sites"]) or "–",
-        ]
-        for name, model in config["models"].items()
-    ]
-    yield Facts("Models", ["", "network", "adapter", "sites"], models, [])
-    usae, train = config["usae"], config["train"]
-    settings = {
-        "images": Path(config["images"]["source"]).name,
-        "latents": f"{usae['n_latents']:,}, {usae['k']:,} active, {usae['sparsity']}",
-        "training": f"{train['steps']:,} steps" if train["steps"] else f"{train['epochs']} epochs",
-        "batch size, learning rate": f"{train['batch_size']:,}, {train['lr']:g}",
-        "measured on": f"{metrics['n_rows_eval']:,} {spoken(metrics.get('measured_on', 'holdout'))} rows",
-        "classes over": ", ".join(metrics["class_sites"]),
-    }
-    yield Facts("Settings", ["", ""], [[key, value] for key, value in settings.items()], [])
-    spent = [[stage, f"{done['seconds']:,.0f} s"] for stage, done in record["stages"].items() if stage != "report"]
-    yield Facts("Stages", ["", ""], spent, [])
-    yield Facts("Versions", ["", ""], [[name, text] for name, text in record["versions"].items()], [])
 
 
 def _figures(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from .kernels import Codes, Support, choose_kernel, select_topk
 from .model import USAE
 from .reconstruction import Matrix, ReconstructionSums, empty_matrix
 from .records import StepRecord, TrainResult
+from .sharing import export_sae, site_weights
 from .start import usae_for
 from .tensorboard import TensorBoardCallback, check_tensorboard
 from .train import train, train_steps
@@ -30,8 +31,10 @@ __all__ = [
     "empty_matrix",
     "encoder_updates",
     "exchanged",
+    "export_sae",
     "read_history",
     "select_topk",
+    "site_weights",
     "sources_of",
     "train",
     "train_independent",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...config import TrainConfig
 from ...config.sparsities import SPARSITY_KEYS
 from ...errors import ConfigError
-from ...shapes import Decoder
+from ...shapes import Decoder, LatentVector
 from ...world import current
 from ..kernels import PreActivations, Support, select_topk
 from ..kernels.base import Entries
@@ -68,6 +68,10 @@ class Sparsity(nn.Module):
             summed: [b, n] Σ_i z_pre,i, no gradient is wanted.
         """
         return self.select(summed, 0)
+
+    def thresholds(self, site: int) -> LatentVector | None:
+        """Return θ with z = z_pre · H(z_pre − θ) in evaluation; None where the k largest z_pre of a row are active."""
+        return None
 
     def activate(self, at: Entries, support: Support, site: int) -> Entries:
         """Return z at the support, from z_pre there."""

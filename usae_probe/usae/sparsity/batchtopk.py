@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...shapes import LatentVector
 from ..kernels import PreActivations, Support
 from .base import Sparsity, largest_of_batch
 
@@ -47,6 +48,10 @@ class BatchTopK(Sparsity):
         if not self.updates[site]:
             return super().select(z_pre, site)
         return Support.where(z_pre > self.theta[site])
+
+    def thresholds(self, site: int) -> LatentVector | None:
+        """Return the site's threshold, for every latent."""
+        return self.theta[site].expand(self.n_latents) if self.updates[site] else None
 
     def select_shared(self, summed: PreActivations) -> Support:
         """Return the k · b largest positive entries of the summed z_pre."""

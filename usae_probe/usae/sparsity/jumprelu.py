@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...shapes import Decoder
+from ...shapes import Decoder, LatentVector
 from ...world import current
 from ..kernels import PreActivations, Support
 from ..kernels.base import Entries
@@ -57,6 +57,10 @@ class JumpReLU(Sparsity):
             return super().select(z_pre, site)
         reach = self.settings["bandwidth"] / 2 if self.training else 0.0
         return Support.where(z_pre > self.log_theta[site].detach().exp() - reach)
+
+    def thresholds(self, site: int) -> LatentVector | None:
+        """Return the site's thresholds."""
+        return self.log_theta[site].detach().exp() if self.started[site] else None
 
     def select_shared(self, summed: PreActivations) -> Support:
         """Return the k · b largest positive entries of the summed z_pre."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-from ...shapes import Decoder
+from ...shapes import Decoder, LatentVector
 from ..kernels import PreActivations, Support
 from ..kernels.base import Entries
 from .base import Sparsity, mean_per_row
@@ -29,6 +30,10 @@ class L1(Sparsity):
     def select(self, z_pre: PreActivations, site: int) -> Support:
         """Return the positive entries."""
         return Support.where(z_pre > 0)
+
+    def thresholds(self, site: int) -> LatentVector | None:
+        """Return zeros: every positive z_pre is active."""
+        return torch.zeros(self.n_latents)
 
     def penalty(self, at: Entries, values: Entries, support: Support, site: int, w_dec: Decoder) -> Tensor:
         """Return the weighted size of the code."""
