@@ -13,11 +13,12 @@ import pytest
 import torchvision
 from PIL import Image
 
-from tests.tiny_run import CONFIG, put_tiny_run
 from usae_probe import Run, RunConfig
 from usae_probe.errors import ImageError, UsageError
 from usae_probe.images import annotations_of, load_images, open_source
 from usae_probe.images.hugging_face import HuggingFaceSource
+
+from .tiny_run import CONFIG, put_tiny_run
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 LABELS = [i % 10 for i in range(20)]
