@@ -235,7 +235,8 @@ def test_configs_are_frozen() -> None:
 
 def test_every_key_is_documented() -> None:
     keys = list(documented_keys())
-    tables = {"models.NAME", "images", "buffer", "usae", "train", "probes", "cam", "scan", "report"}
+    tables = {"models.NAME", "images", "buffer", "usae", "train", "probes", "cam", "scan", "report", "sweep"}
+    tables.add("published")
     assert {table for table, *_ in keys} == tables
     assert all(description for *_, description in keys)
     assert ("usae", "k", "64") in {key[:3] for key in keys}

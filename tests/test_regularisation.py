@@ -41,6 +41,21 @@ def test_auto_by_hand() -> None:
     assert max(*many.decay.values(), many.dropout) < 1e-5  # it fades where rows are plenty
 
 
+def test_auto_never_takes_more_than_a_fifth_of_an_encoder_in_a_step() -> None:
+    """With 33 rows of 768 dimensions 60 d / n = 1,396: times lr = .003 it would throw the encoder four times over."""
+    found = regularisation(TrainConfig(), {"vit/x": 768}, 33)
+    assert found.decay["vit/x"] == pytest.approx(0.2 / 0.003)
+    assert regularisation(TrainConfig(lr=0.1), {"vit/x": 768}, 33).decay["vit/x"] == pytest.approx(2.0)
+
+
+def test_few_rows_of_many_dimensions_are_trained_on(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    arrays = {site: draw.normal(size=(40, d)).astype(np.float32) for site, d in (("a/x", 768), ("b/y", 512))}
+    buffer = ActivationBuffer.from_arrays(arrays, out=tmp_path / "few")
+    run = train(buffer, n_latents=64, k=4, steps=60)
+    assert max(float(encoder.detach().norm(dim=1).max()) for encoder in run.usae.W_enc) < 10
+
+
 def test_numbers_hold_for_all_sites() -> None:
     found = regularisation(TrainConfig(weight_decay=2.0, latent_dropout=0.1), D_IN, 200)
     assert found == ({"m/a": 2.0, "n/b": 2.0}, 0.1)

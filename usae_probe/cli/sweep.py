@@ -21,12 +21,13 @@ def sweep(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Values of a key of [usae], [train] or [probes]: usae.k=32,64. Repeat for more keys."
+            "--set",
+            help="Values of a key of [usae], [train] or [probes]: usae.k=32,64. Repeat for more. Default: [sweep].",
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Trainings of each combination, from train.seed on.")
-    ] = 1,
+        int | None, typer.Option("--seeds", min=1, help="Trainings of each combination, from train.seed on (1).")
+    ] = None,
     buffer: Annotated[
         Path | None,
         typer.Option("--buffer", metavar="RUN_DIR", help="Finished run whose buffer is used; default: harvest one."),
@@ -57,7 +58,7 @@ def sweep(
 def _sweep(
     config: RunConfig,
     settings: list[str],
-    seeds: int,
+    seeds: int | None,
     buffer: Path | None,
     split: SplitName,
     folder: Path,
@@ -87,8 +88,8 @@ def _sweep(
         doing = Sweep(
             config,
             folder,
-            parsed_settings(settings),
-            seeds=seeds,
+            parsed_settings(settings) or config.sweep.settings,
+            seeds=seeds or config.sweep.seeds,
             buffer=buffer,
             split=split,
             progress=progress,

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ByteSize, Field, PrivateAttr, model_validator
+from pydantic.fields import FieldInfo
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..sites import Site, check_model_name
 from .cam import CamConfig
 from .checks import checked, field_at, settled
 from .report import ReportConfig
 from .scan import ScanConfig
 from .sparsities import check_used
+from .sweep import PublishedConfig, SweepConfig
 from .tables import (
     BufferConfig,
     ImagesConfig,
@@ -44,6 +46,10 @@ class RunConfig(Table):
     cam: CamConfig = CamConfig()
     scan: ScanConfig = ScanConfig()
     report: ReportConfig = ReportConfig()
+    sweep: SweepConfig = SweepConfig()
+    published: list[PublishedConfig] = Field(
+        default_factory=list, description="figures of a paper, shown beside the run's own"
+    )
     _base: Path = PrivateAttr(default_factory=Path.cwd)
     _file: Path | None = PrivateAttr(default=None)
 
@@ -71,10 +77,29 @@ class RunConfig(Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _published_settings(self) -> RunConfig:
+        known = [f"{t}.{key}" for t, _, keys in _tables() for key in keys if t not in ("models", "published")]
+        for each in self.published:
+            for key in each.settings:
+                if key not in known:
+                    raise ValueError(
+                        f"published.settings names '{key}', which is no key; {nearest(key, known)}".rstrip("; ")
+                    )
+        return self
+
     @property
     def base(self) -> Path:
         """The folder that relative paths start from: the config file's own."""
         return self._base
+
+    def published_here(self) -> list[PublishedConfig]:
+        """Return the published figures whose settings are this config's own."""
+        return [each for each in self.published if all(self._value(key) == v for key, v in each.settings.items())]
+
+    def _value(self, key: str) -> Any:
+        table, _, name = key.partition(".")
+        return getattr(getattr(self, table), name)
 
     def on(self, device: str | None = None, dtype: str | None = None) -> RunConfig:
         """Return the config with all models and the training on one device, all forward passes in one dtype.
@@ -160,14 +185,22 @@ def default_of(key: str) -> Any:
 
 def documented_keys() -> Iterator[tuple[str, str, str, str]]:
     """Yield (table, key, default, description) of every config key: the README's table is made from it."""
-    for table, field in RunConfig.model_fields.items():
-        model = ModelConfig if table == "models" else field.annotation
-        name = "models.NAME" if table == "models" else table
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            continue
-        for key, entry in model.model_fields.items():
+    for _, name, keys in _tables():
+        for key, entry in keys.items():
             default = "required" if entry.is_required() else _shown(entry.get_default(call_default_factory=True))
             yield name, key, default, entry.description or ""
+
+
+def _tables() -> Iterator[tuple[str, str, dict[str, FieldInfo]]]:
+    """Yield of every table its key in the config, how it is spelled, and its keys."""
+    inner: dict[str, tuple[str, type[BaseModel]]] = {
+        "models": ("models.NAME", ModelConfig),
+        "published": ("published", PublishedConfig),
+    }
+    for table, field in RunConfig.model_fields.items():
+        name, model = inner.get(table, (table, field.annotation))
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            yield table, name, model.model_fields
 
 
 def _shown(default: Any) -> str:

@@ -36,7 +36,7 @@ class ModelConfig(Table):
     )
     pretrained: bool = Field(True, description="load the adapter's own weights (not used when checkpoint is given)")
     seed: int = Field(0, ge=0, description="seed of weights that are drawn at random (pretrained = false)")
-    checkpoint: str | None = Field(None, description="local weights, .safetensors or .pth")
+    checkpoint: str | None = Field(None, description='local weights, .safetensors or .pth; "" is none')
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the adapter's factory")
     image_size: int | tuple[int, int] | None = Field(None, description="pixels; default: the model's own")
     mean: tuple[float, float, float] | None = Field(
@@ -49,6 +49,11 @@ class ModelConfig(Table):
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="share kept by the centre crop")
     device: Device = Field("auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, …")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="dtype of the forward pass")
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _checkpoint(cls, given: str | None) -> str | None:
+        return given or None  # so that a config can have "${WEIGHTS:-}"
 
 
 class ImagesConfig(Table):
@@ -188,7 +193,8 @@ class TrainConfig(Table):
     bandwidth: float = Field(0.5, gt=0, description="jumprelu: bandwidth of the thresholds' straight-through gradient")
     dead_after: int = Field(50, ge=1, description="steps without firing in any site after which a latent is dead")
     weight_decay: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="decoupled weight decay of the encoders; auto: 60 · d_in / training rows, by site"
+        "auto",
+        description="decoupled weight decay of the encoders; auto: 60 · d_in / training rows, by site, at most .2 / lr",
     )
     grad_clip: float = Field(1.0, gt=0, description="bound of the gradient norm")
     kernel: Literal["auto", "reference", "csr", "triton"] = Field(

@@ -267,7 +267,9 @@ class Run:
         images: dict[str, Any] = {"source": self.config.images.source}
         images |= {split: buffer.n_images(split) for split in SPLITS}
         usae = self.config.usae
-        return {"models": models, "images": images, "n_latents": usae.n_latents, "k": usae.k, "cam": cam}
+        published = [each.model_dump() for each in self.config.published_here()]
+        shape = {"n_latents": usae.n_latents, "k": usae.k}
+        return {"models": models, "images": images, **shape, "published": published, "cam": cam}
 
     def buffer(self) -> ActivationBuffer:
         """Open the run's buffer."""

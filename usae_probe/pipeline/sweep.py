@@ -237,6 +237,8 @@ def _row(cell: CellResult, folder: Path) -> dict[str, Any]:
         "settings": cell.combination.settings,
         "seed": cell.combination.seed,
         "folder": str(cell.folder.relative_to(folder)),
+        "published": [each.model_dump() for each in cell.combination.config.published_here()],
+        "r2_global_mean": metrics.get("r2_global_mean", {}),
         "kept": cell.kept,
         "why": cell.why,
         "note": cell.note,

@@ -10,6 +10,7 @@ from typing import Any
 
 from .evidence import evidence
 from .facts import Facts
+from .published import published_facts
 from .r2_table import short
 from .summary import answer, model_names, setting
 from .tables import MEANING
@@ -103,7 +104,7 @@ def _measured(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterat
     yield "### R², held out\n\n" + _table(Facts("", ["", *sites], cells, [note]))
     classes = [[name, f"{n:,}", MEANING[name]] for name, n in metrics["counts"].items()]
     yield "### Where latents fire\n\n" + _table(Facts("", ["class", "latents", "fires"], classes, []))
-    for facts in evidence(metrics):
+    for facts in (*evidence(metrics), *published_facts(overview.get("published", ()), metrics)):
         yield "\n\n".join(part for part in (f"### {facts.title}" if facts.title else "", _table(facts)) if part)
 
 

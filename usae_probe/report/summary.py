@@ -18,6 +18,7 @@ from rich.text import Text
 
 from .evidence import beside, evidence, seeds
 from .headlines import beyond, n_live
+from .published import published_facts
 from .r2_table import finite, r2_matrix, short
 from .tables import classes_and_entropy, facts_table, strongest_latents
 
@@ -36,7 +37,7 @@ def run_summary(
 
     Args:
         overview: what was compared: `models` {name: {"name", "sites"}}, `images` {"train", "validation", "holdout"},
-            `n_latents`, `k`, and `cam`: None or the content of `cam.json`.
+            `n_latents`, `k`, `published`: entries of `[[published]]`, and `cam`: None or the content of `cam.json`.
         metrics: the content of `metrics.json`; parts that an older version did not write are left out.
         files: where the results are, by what they are.
         hint: what to try next, said last.
@@ -49,6 +50,7 @@ def run_summary(
         r2_matrix(metrics, WIDTH),
         classes_and_entropy(metrics, 10 if whole else 5),
         *(map(facts_table, evidence(metrics)) if whole else [_beyond(metrics)]),
+        *map(facts_table, published_facts(overview.get("published", ()), metrics)),
         strongest_latents(metrics, 8 if whole else 5),
         Text.assemble(("CAM:", "bold"), f" {pictures_said(cam)}") if cam else None,
         (file_table(files) if whole else _files(files)) if files else None,

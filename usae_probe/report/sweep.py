@@ -15,8 +15,11 @@ from rich.text import Text
 
 from ..sites import layer_of, model_of
 from ..split import spoken
+from .facts import Facts
+from .published import published_facts
 from .r2_table import finite, short
 from .summary import file_table
+from .tables import facts_table
 
 WIDTH = 80
 _GAP = 2
@@ -53,6 +56,7 @@ def sweep_summary(data: Mapping[str, Any], files: Mapping[str, Path]) -> Rendera
     parts: list[RenderableType] = [_title(data)]
     for columns in tables:
         parts += [Text(""), _drawn(columns, n_settings=len(settings))]
+    parts += [part for table in _published(data) for part in (Text(""), Constrain(facts_table(table), WIDTH))]
     for told in (_best(data), _failures(data), file_table(files) if files else None):
         if told:
             parts += [Text(""), told]
@@ -149,6 +153,14 @@ def _drawn(columns: Sequence[_Column], *, n_settings: int) -> Table:
             cells.append(Text.assemble((mean, strong), (f"\n{spread}" if ranges else "", "dim")))
         table.add_row(*cells)
     return table
+
+
+def _published(data: Mapping[str, Any]) -> Iterator[Facts]:
+    """Yield the figures of papers beside those of the first training with the same settings."""
+    for cell in data["cells"]:
+        if cell["seed"] == data["seeds"][0] and not cell["error"]:
+            for facts in published_facts(cell.get("published", ()), cell):
+                yield facts._replace(title=f"{_named(cell, data)}: {facts.title}", notes=[])
 
 
 def _best(data: Mapping[str, Any]) -> Text | None:

@@ -14,6 +14,8 @@ from ..config import TrainConfig
 
 DECAY = 60.0
 """`weight_decay = "auto"`: times d_in / training rows."""
+MOST_DECAY = 0.2
+"""Share of an encoder that `auto` takes away in a step, at most: with few rows it would be more than there is."""
 DROPOUT = 3.4
 """`latent_dropout = "auto"`: times the sites' mean d_in / training rows."""
 MOST_DROPOUT = 0.35
@@ -32,10 +34,12 @@ class Regularisation(NamedTuple):
 
 
 def regularisation(how: TrainConfig, d_in: Mapping[str, int], n_rows: int) -> Regularisation:
-    """Return weight decay by site and dropout; `auto` is 60 d_in / n_rows, and 3.4 mean(d_in) / n_rows up to .35.
+    """Return weight decay by site and dropout.
+
+    `auto` is 60 d_in / n_rows, up to .2 / lr, and 3.4 mean(d_in) / n_rows, up to .35.
 
     Args:
-        how: `weight_decay` and `latent_dropout`.
+        how: `weight_decay`, `latent_dropout` and `lr`.
         d_in: {site: dimensions}.
         n_rows: training rows.
     """
@@ -44,6 +48,8 @@ def regularisation(how: TrainConfig, d_in: Mapping[str, int], n_rows: int) -> Re
     if dropout == "auto":
         dropout = min(MOST_DROPOUT, DROPOUT * sum(ratio.values()) / len(ratio))
     return Regularisation(
-        decay={site: DECAY * r if decay == "auto" else float(decay) for site, r in ratio.items()},
+        decay={
+            site: min(DECAY * r, MOST_DECAY / how.lr) if decay == "auto" else float(decay) for site, r in ratio.items()
+        },
         dropout=float(dropout),
     )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..evidence import evidence
 from ..facts import Facts
 from ..headlines import Headline, headlines
+from ..published import published_facts
 from ..r2_table import finite, ramp, short
 from ..style import CLASS_COLOURS, GREY
 from ..summary import answer, model_names, pictures_said, setting
@@ -98,7 +99,7 @@ def overview(about: Mapping[str, Any], metrics: Metrics) -> Overview:
         n_rows=(metrics["n_rows_eval"], metrics["n_rows_train"]),
         bars=_bars(metrics["counts"]),
         bins=_bins(metrics.get("entropy_histogram")),
-        facts=evidence(metrics),
+        facts=[*evidence(metrics), *published_facts(about.get("published", ()), metrics)],
         pictures=pictures_said(about["cam"]) if about.get("cam") else "",
     )
 
