@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import CheckpointError, first_line
+
+RESTORE = "restore it, or remove it: `usae-probe run` then makes it again"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -65,8 +69,17 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Return the content of a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: when it is not there, or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}", hint=RESTORE) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' holds a {type(content).__name__}, expected an object", hint=RESTORE)
     return content
 
 

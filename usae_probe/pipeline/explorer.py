@@ -17,7 +17,7 @@ import numpy as np
 
 from ..buffer import ActivationBuffer
 from ..config import RunConfig
-from ..errors import UsaeProbeError, UsaeProbeWarning
+from ..errors import CheckpointError, UsaeProbeError, UsaeProbeWarning
 from ..files import json_sha256, read_json, sha256, write_text
 from ..harvesting import demand_same_models
 from ..probes import natural_activations, one_site_per_model
@@ -193,7 +193,7 @@ class _CardShelf:
             content = read_json(self._path(latent))
             found: dict[str, Any] = content["card"]
             return found if content["made_from"] == self._hash(key) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, KeyError, TypeError):
             return None
 
     def save(self, latent: int, key: object, card: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def export_run(
         raise UsageError(
             f"'{folder / CARD}' is there already", hint="give another place (--to), or --force to replace it"
         )
-    metrics = read_json(run_dir / "metrics.json") if record.finished("evaluate") else None
+    metrics = read_json(run_dir / "metrics.json") if run.is_done("evaluate") else None
     overview = run.overview(metrics or {"sites": list(usae.sites)}, None)
     described, files = [], list[Path]()
     for site in wanted:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import CamConfig
-from ..errors import NoLatentsError, UsageError
-from ..files import read_json
+from ..errors import CheckpointError, NoLatentsError, UsageError, first_line
+from ..files import RESTORE, read_json
 
 
 def choose_latents(asked: str, folder: Path) -> list[int]:
@@ -77,6 +77,18 @@ def _following(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]
 
 
 def latent_rows(folder: Path) -> list[dict[str, str]]:
-    """Read `latents.csv`."""
-    with (folder / "latents.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Read `latents.csv`.
+
+    Raises:
+        CheckpointError: when it is not there, or damaged.
+    """
+    path = folder / "latents.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}", hint=RESTORE) from error
+    whole = rows and "category" in rows[0] and all(None not in row and None not in row.values() for row in rows)
+    if not whole:
+        raise CheckpointError(f"'{path}' is cut short, or no table of latents", hint=RESTORE)
+    return rows

@@ -74,6 +74,10 @@ class RunRecord:
         """Take the result of a stage that was done in another folder, by its hash, for what later stages work on."""
         self._data["results"][stage] = result
 
+    def intact(self, stage: Stage) -> bool:
+        """Say whether the file that stands for a finished stage's result is the one that was written."""
+        return bool(self._data["results"].get(stage) == sha256(self.folder / RESULTS[stage][0]))
+
     def seconds(self, stage: Stage) -> float:
         """Return how long a finished stage took."""
         return float(self._data["stages"][stage]["seconds"])

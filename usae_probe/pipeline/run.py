@@ -136,11 +136,12 @@ class Run:
 
     def _harvest_is_due(self) -> bool:
         """Say whether there are shards to harvest while training; a ring keeps none for another training."""
-        if self._is_done("harvest"):
-            return self.config.buffer.mode == "ring" and not self._is_done("train")
+        if self.is_done("harvest"):
+            return self.config.buffer.mode == "ring" and not self.is_done("train")
         return True
 
-    def _is_done(self, stage: Stage) -> bool:
+    def is_done(self, stage: Stage) -> bool:
+        """Say whether a stage was finished with this config, and its results are there."""
         return self._record.finished(stage) and not self._why(stage)
 
     def _why(self, stage: Stage) -> str:
@@ -290,7 +291,7 @@ class Run:
 
     def _write_page(self) -> StageEnd:
         stage = ReportStage(self.config, self.folder)
-        cam = read_json(self.folder / "cam/cam.json") if self._is_done("cam") else None
+        cam = read_json(self.folder / "cam/cam.json") if self.is_done("cam") else None
         about = self.overview(stage.metrics, cam)
         note = stage.do(
             self.usae(), self.buffer(), about, self._record.data, attached=self._attached, progress=self._progress
@@ -307,7 +308,9 @@ class Run:
             except BufferIntegrityError as error:
                 return error.message
         absent = [name for name in RESULTS[stage] if not (self.folder / name).is_file()]
-        return f"{', '.join(absent)} not there" if absent else ""
+        if absent:
+            return f"{', '.join(absent)} not there"
+        return "" if self._record.intact(stage) else f"{RESULTS[stage][0]} is not the file that it wrote"
 
     def _require(self, stage: Stage) -> None:
         done = self._record.finished(stage)

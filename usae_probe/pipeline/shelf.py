@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -86,10 +87,11 @@ def _load(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> list[CamPi
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA or not wanted(record["made_from"]):
             return []
-        with np.load(path.with_suffix(".npz")) as arrays:
+        # Given the path, numpy would leave a damaged archive open.
+        with path.with_suffix(".npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             pixels = {name: arrays[name] for name in arrays.files}
         return [CamPicture.from_dict(entry, pixels[entry["array"]][entry["restart"]]) for entry in record["pictures"]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, BadZipFile):
         return []
 
 
