@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from usae_probe.buffer import ActivationBuffer, Rows, reader
 from usae_probe.errors import BufferIntegrityError, SiteError, UsageError
+from usae_probe.files import json_sha256
 from usae_probe.split import SPLITS
 
 from .buffers import as_schema_1
@@ -136,6 +137,31 @@ def test_a_deleted_shard_is_an_error(path: Path, shard: Path) -> None:
     with pytest.raises(BufferIntegrityError, match=rf"{shard.name} .*{VIT}, {RESNET}.*missing.*restore"):
         buffer.read("train")
     assert len(buffer.verify()) == 1
+
+
+def test_a_link_out_of_the_folder_is_refused_and_others_are_not(path: Path, shard: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.h5"
+    shutil.move(shard, elsewhere)
+    shard.symlink_to(elsewhere)
+    with pytest.raises(BufferIntegrityError, match=r"is a link out of the buffer, to .*elsewhere.h5"):
+        ActivationBuffer(path).read("train")
+    shard.unlink()
+    shutil.move(elsewhere, path / "beside.h5")
+    shard.symlink_to("beside.h5")
+    (tmp_path / "linked").symlink_to(path, target_is_directory=True)
+    assert ActivationBuffer(tmp_path / "linked").read("train").n == 36
+
+
+@pytest.mark.parametrize(
+    "name", ["../shard-00001.h5", "/etc/passwd", "shard-00001.h5/../x", "shard-1.h5", "shard-٠٠٠٠١.h5"]
+)
+def test_a_manifest_cannot_name_files_elsewhere(path: Path, name: str) -> None:
+    document = json.loads((path / "manifest.json").read_text())
+    document["shards"][1]["file"] = name
+    document.pop("sha256")
+    (path / "manifest.json").write_text(json.dumps(document | {"sha256": json_sha256(document)}))
+    with pytest.raises(BufferIntegrityError, match="is no name of a shard"):
+        ActivationBuffer(path)
 
 
 def test_shards_that_changed_places_are_an_error(path: Path, shard: Path) -> None:

@@ -159,6 +159,19 @@ def test_gray_of_16_bit_is_scaled(tmp_path: Path, suffix: str):
     assert decoded(tmp_path, gray, suffix)[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_of_an_animation_the_first_picture_counts(tmp_path: Path, suffix: str):
+    red, blue = (Image.new("RGB", (8, 6), colour) for colour in ("#ff0000", "#0000ff"))
+    pixels = decoded(tmp_path, red, suffix, save_all=True, append_images=[blue], duration=100, loop=0)
+    assert pixels.shape == (6, 8, 3)
+    assert np.abs(pixels.astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_webp_with_transparency(tmp_path: Path):
+    clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    assert decoded(tmp_path, clear, ".webp", lossless=True).min() == 255
+
+
 def test_modes_without_a_white(tmp_path: Path):
     for folder, array, message in [
         ("f", np.zeros((2, 2), dtype=np.float32), "x.tif: floating grayscale does not say which value is white"),

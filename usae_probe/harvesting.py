@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, Ring, SiteSpec, as_json
+from .buffer import ActivationBuffer, BufferSpec, BufferWriter, OpenShard, Ring, SiteSpec, Skipped, as_json
 from .config import BufferConfig, ImagesConfig, settled
 from .errors import BufferMismatchError, ConfigError, ImageError, SiteError, UsaeProbeWarning
 from .hooks import Grid, HookedModel, coarsest
-from .images import ImageSource, LoadedImages, OpaqueTransform, iter_batches, open_source
+from .images import ImageSource, LoadedImages, OpaqueTransform, SkippedImage, iter_batches, open_source
 from .sites import Site
 from .split import draw_split
 from .world import World
@@ -115,6 +115,8 @@ def fill(
         _warn_of_other_parts(writer.spec.sites)
     grid = _common_grid_of(models)
     skipped = 0
+    if how.strict:
+        demand_all_decoded([image for shard in writer.manifest.shards for image in shard.skipped])
     for plan in writer.pending():
         if ring and not ring.make_room(plan):
             return
@@ -122,6 +124,8 @@ def fill(
             for batch in iter_batches(source, plan.images, how.batch_size, workers=how.workers):
                 if ring and ring.stopped:
                     raise _NoMoreWanted
+                if how.strict:
+                    demand_all_decoded(batch.skipped)
                 skipped += len(batch.skipped)
                 _append(shard, models, batch, grid)
                 if progress:
@@ -315,6 +319,19 @@ def _part_seen(preprocessing: dict[str, Any]) -> dict[str, str]:
         "crop_mode": preprocessing["crop_mode"],
         "height / width of image_size": f"{height / width:.3g}",
     }
+
+
+def demand_all_decoded(skipped: Sequence[SkippedImage | Skipped]) -> None:
+    """Check that no image was left out, as `images.strict` asks for.
+
+    Raises:
+        ImageError: for the first that was.
+    """
+    if skipped:
+        raise ImageError(
+            f"images.strict is set, and an image cannot be decoded: {skipped[0].reason}",
+            hint="repair or remove it; without strict it is left out, and `usae-probe buffer info` names it",
+        )
 
 
 def _append(shard: OpenShard, models: Sequence[HookedModel], batch: LoadedImages, grid: Grid | None) -> None:

@@ -79,7 +79,7 @@ class ShardEntry:
             ValueError: when its file is no name in a buffer's folder.
         """
         entry = cls(**{**values, "skipped": tuple(Skipped(**image) for image in values["skipped"])})
-        if not re.fullmatch(r"shard-\d{5,}\.h5", entry.file):
+        if not re.fullmatch(r"shard-[0-9]{5,}\.h5", entry.file):
             raise ValueError(f"'{entry.file}' is no name of a shard")
         return entry
 

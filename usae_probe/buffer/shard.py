@@ -39,12 +39,17 @@ def checksum(values: np.ndarray) -> int:
 
 
 def demand_present(folder: Path, entry: ShardEntry) -> None:
-    """Check that a sealed shard's file is there and as long as it was.
+    """Check that a sealed shard's file is there, in the folder itself, and as long as it was.
 
     Raises:
-        BufferIntegrityError: when it is missing or of another size.
+        BufferIntegrityError: when it is missing, a link to somewhere else, or of another size.
     """
     path = folder / entry.file
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise BufferIntegrityError(
+            f"shard {path} is a link out of the buffer, to {path.resolve()}",
+            hint="put the file itself there, or link the whole folder",
+        )
     try:
         size = path.stat().st_size
     except OSError as error:

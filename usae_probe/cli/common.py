@@ -26,6 +26,9 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Of the forward passes: float32, float16 or bfloat16; default: the config's."),
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="An image that cannot be decoded is an error; else it is left out, and named.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<config's name>.")]
 
 

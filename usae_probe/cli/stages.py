@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Config, Device, Dtype, Json, Out, guard
+from .common import Config, Device, Dtype, Json, Out, Strict, guard
 from .running import do_stages
 from .several import help_process_0, together
 
 if TYPE_CHECKING:
+    from ..config import RunConfig
     from ..pipeline import Stage
 
 
-def run(config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
+def run(
+    config: Config,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
     """Do all stages: harvest, train, evaluate, report (and cam, with a [cam] table). Finished ones are kept, also of a
     run that was interrupted. Under torchrun all processes train."""
-    _stages(config, out, (device, dtype), as_json, None)
+    _stages(config, out, lambda c: c.on(device, dtype, strict=strict), as_json, None)
 
 
-def harvest(config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
+def harvest(
+    config: Config,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
     """Stream the activations of all sites into the run's buffer."""
-    _stages(config, out, (device, dtype), as_json, ("harvest",))
+    _stages(config, out, lambda c: c.on(device, dtype, strict=strict), as_json, ("harvest",))
 
 
 def train(config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
     """Train the USAE from the run's buffer, which harvest has made. Under torchrun all processes train."""
-    _stages(config, out, (device, dtype), as_json, ("train",))
+    _stages(config, out, lambda c: c.on(device, dtype), as_json, ("train",))
 
 
 def evaluate(
     config: Config, out: Out = None, device: Device = None, dtype: Dtype = None, as_json: Json = False
 ) -> None:
     """Measure what the sites have in common, on held-out rows."""
-    _stages(config, out, (device, dtype), as_json, ("evaluate",))
+    _stages(config, out, lambda c: c.on(device, dtype), as_json, ("evaluate",))
 
 
 def demo(
@@ -139,7 +155,7 @@ def report(
 def _stages(
     config: Path,
     out: Path | None,
-    on: tuple[str | None, str | None],
+    asked: Callable[[RunConfig], RunConfig],
     as_json: bool,
     stages: tuple[Stage, ...] | None,
 ) -> None:
@@ -147,7 +163,7 @@ def _stages(
     with guard(as_json, str(folder), joins=True), together() as world:
         from ..config import RunConfig
 
-        loaded = RunConfig.load(config).on(*on)
+        loaded = asked(RunConfig.load(config))
         if world and not world.main:
             help_process_0(loaded, folder, stages, world)
         else:

@@ -101,8 +101,10 @@ class RunConfig(Table):
         table, _, name = key.partition(".")
         return getattr(getattr(self, table), name)
 
-    def on(self, device: str | None = None, dtype: str | None = None) -> RunConfig:
+    def on(self, device: str | None = None, dtype: str | None = None, *, strict: bool = False) -> RunConfig:
         """Return the config with all models and the training on one device, all forward passes in one dtype.
+
+        With `strict` an image that cannot be decoded is an error; else what the config says of it holds.
 
         Raises:
             ConfigError: for a device or a dtype that there is not.
@@ -110,7 +112,8 @@ class RunConfig(Table):
         of_models = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         models = {name: settled((model,), of_models)[0] for name, model in self.models.items()}
         (train,) = settled((self.train,), {} if device is None else {"device": device})
-        return self.model_copy(update={"models": models, "train": train})
+        (images,) = settled((self.images,), {"strict": True} if strict else {})
+        return self.model_copy(update={"models": models, "train": train, "images": images})
 
     @property
     def lists_layers(self) -> str:

@@ -72,6 +72,9 @@ class ImagesConfig(Table):
     seed: int = Field(0, description="seed of the draw")
     batch_size: int = Field(64, ge=1, description="images per forward pass")
     workers: int = Field(0, ge=0, description="threads that decode images; 0: the main thread does")
+    strict: bool = Field(
+        False, description="an image that cannot be decoded ends the harvest; else it is left out, and named"
+    )
 
 
 class BufferConfig(Table):

@@ -10,7 +10,7 @@ from ..errors import StageError, UsageError
 from ..files import read_json, write_text
 from ..report.model_card import model_card
 from ..report.summary import network_name
-from ..sites import file_stem, model_of
+from ..sites import Site, file_stem, model_of
 from ..usae import export_sae
 from ..usae.sharing import architecture
 from .about import about_run
@@ -71,6 +71,7 @@ def export_run(
     wanted = list(dict.fromkeys(sites)) or list(usae.sites)
     for site in wanted:
         usae.site_index(site)
+        Site.parse(site)  # it becomes the name of a file
     if (folder / CARD).exists() and not force:
         raise UsageError(
             f"'{folder / CARD}' is there already", hint="give another place (--to), or --force to replace it"

@@ -14,7 +14,7 @@ from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsError, StageError, UsaeProbeWarning
 from ..files import read_json
-from ..harvesting import HarvestProgress, buffer_spec, harvest
+from ..harvesting import HarvestProgress, buffer_spec, demand_all_decoded, harvest
 from ..hooks import HookedModel
 from ..probes import UniversalityReport, one_site_per_model
 from ..split import SPLITS
@@ -187,7 +187,10 @@ class Run:
 
         Raises:
             BufferMismatchError: with both fingerprints.
+            ImageError: when images were left out, and `images.strict` is set.
         """
+        if self.config.images.strict:
+            demand_all_decoded(self.buffer().skipped)
         with suppress(ImageError, OSError):
             demand_same_images(images_of(self.config), self.buffer())
 

@@ -36,7 +36,7 @@ _TABLES: dict[Stage, tuple[str, ...]] = {
 _ALONG = ("memory", "online", "reuse", "warmup_rows")
 """Keys of `[buffer]` that say in which order rows are trained on, and change none of them."""
 _WITHOUT_EFFECT = {
-    "images": ("workers",),
+    "images": ("workers", "strict"),
     "buffer": ("verify",),
     "train": ("log_every", "kernel", "device", "tensorboard", "workers"),
     "cam": ("max_batch",),
