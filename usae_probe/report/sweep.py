@@ -158,8 +158,8 @@ def _drawn(columns: Sequence[_Column], *, n_settings: int) -> Table:
 def _published(data: Mapping[str, Any]) -> Iterator[Facts]:
     """Yield the figures of papers beside those of the first training with the same settings."""
     for cell in data["cells"]:
-        if cell["seed"] == data["seeds"][0] and not cell["error"]:
-            for facts in published_facts(cell.get("published", ()), cell):
+        if cell.get("published") and cell["seed"] == data["seeds"][0] and not cell["error"]:
+            for facts in published_facts(cell["published"], cell):
                 yield facts._replace(title=f"{_named(cell, data)}: {facts.title}", notes=[])
 
 
