@@ -79,13 +79,13 @@ class RunConfig(Table):
 
     @model_validator(mode="after")
     def _published_settings(self) -> RunConfig:
-        known = [f"{t}.{key}" for t, _, keys in _tables() for key in keys if t not in ("models", "published")]
-        for each in self.published:
-            for key in each.settings:
-                if key not in known:
-                    raise ValueError(
-                        f"published.settings names '{key}', which is no key; {nearest(key, known)}".rstrip("; ")
-                    )
+        asked = {key for each in self.published for key in each.settings}
+        if asked:
+            known = [f"{t}.{key}" for t, _, keys in _tables() for key in keys if t not in ("models", "published")]
+            for key in sorted(asked.difference(known)):
+                raise ValueError(
+                    f"published.settings names '{key}', which is no key; {nearest(key, known)}".rstrip("; ")
+                )
         return self
 
     @property

@@ -12,7 +12,7 @@ from ..config import RunConfig, default_of
 from ..errors import CheckpointError, StageError, UsageError
 from ..files import sha256, write_json
 from ..machine import peak_memory, versions
-from .stages import RESULTS, Stage, depends_on
+from .stages import RESULTS, Stage, content_hash, depends_on
 
 SCHEMA = 1
 _OF_ALL_STAGES = ("seconds", "peak_memory_bytes", "depends_on")
@@ -76,7 +76,7 @@ class RunRecord:
 
     def intact(self, stage: Stage) -> bool:
         """Say whether the file that stands for a finished stage's result is the one that was written."""
-        return bool(self._data["results"].get(stage) == sha256(self.folder / RESULTS[stage][0]))
+        return bool(self._data["results"].get(stage) == content_hash(self.folder / RESULTS[stage][0]))
 
     def seconds(self, stage: Stage) -> float:
         """Return how long a finished stage took."""

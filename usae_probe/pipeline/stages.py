@@ -66,7 +66,7 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
     for model in whole["models"].values():
         del model["device"]
         if model["checkpoint"] is not None:
-            model["checkpoint's content"] = _content(config.base / Path(model["checkpoint"]).expanduser())
+            model["checkpoint's content"] = content_hash(config.base / Path(model["checkpoint"]).expanduser())
     for table, idle in _WITHOUT_EFFECT.items():
         for key in idle:
             del whole[table][key]
@@ -80,7 +80,7 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
     if stage == "report":  # it shows the pictures and the scan that there are, and needs neither
         keys |= {f"cam.{key}": whole["cam"][key] for key in _OF_EXEMPLARS}
         scan = scan_folder(config, folder)
-        keys |= {"the cam's result": results.get("cam"), "the scan": scan and _content(scan / "scan.json")}
+        keys |= {"the cam's result": results.get("cam"), "the scan": scan and content_hash(scan / "scan.json")}
     # The same keys with other pictures behind them, say.
     return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}
 
@@ -103,7 +103,8 @@ def scan_folder(config: RunConfig, folder: Path) -> Path | None:
     )
 
 
-def _content(path: Path) -> str | None:
+def content_hash(path: Path) -> str | None:
+    """Hash a file's bytes, once per state of the file; None where there is none."""
     if not path.is_file():
         return None
     state = path.stat()
