@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmarks clean
+.PHONY: demo test lint reference benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/usae-probe demo --out runs/demo
@@ -16,6 +16,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# pages of the public names, from their docstrings
+REFERENCE ?= runs/reference
+PUBLIC := usae_probe $(addprefix usae_probe.,adapter config buffer hooks images probes probes.cam probes.scan usae \
+	usae.kernels report pipeline errors) usae_adapters
+
+reference: $(VENV)/installed-dev
+	$(BIN)/pdoc --docformat google --output-directory $(REFERENCE) $(PUBLIC)
 
 # recipes.py is left out: it takes hours, and the folder of a harvest
 benchmarks: $(VENV)/installed-dev

@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 
 from usae_probe.buffer import ActivationBuffer, BufferSpec, BufferWriter, ShardPlan, SiteSpec
-from usae_probe.buffer.lock import FILES
 from usae_probe.buffer.shard import write_shard
 from usae_probe.errors import UsaeProbeError
 from usae_probe.files import json_sha256
+from usae_probe.lock import lock_files
 from usae_probe.split import draw_split
 
 SITES = {"vit/blocks.8": 6, "resnet/layer4": 4}
@@ -61,7 +61,7 @@ def write(path: Path, spec: BufferSpec | None = None) -> ActivationBuffer:
 
 def content(path: Path) -> dict[str, bytes]:
     """All files but those of the lock."""
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.name not in FILES}
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file not in lock_files(path)}
 
 
 def as_schema_1(path: Path, shards: int | None = None) -> None:

@@ -152,7 +152,7 @@ def test_a_full_disk(base: Path, full: pytest.MonkeyPatch, config: str) -> None:
     assert (base / "r/usae.safetensors").read_bytes() == (base / "whole/usae.safetensors").read_bytes()
 
 
-def test_a_second_run_on_the_same_folder_is_refused_by_the_buffer(
+def test_a_second_process_in_the_same_folder_is_refused(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with started(base, "c.toml", slow="0.4") as process:

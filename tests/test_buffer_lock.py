@@ -17,12 +17,12 @@ import pytest
 
 import usae_probe.buffer.writer as writer_module
 from usae_probe.buffer import ActivationBuffer, BufferWriter, discard_buffer
-from usae_probe.buffer.lock import FILES, WriterLock
-from usae_probe.errors import BufferLockedError, BufferMismatchError, UsaeProbeError
+from usae_probe.errors import BufferMismatchError, FolderLockedError, UsaeProbeError
+from usae_probe.lock import FolderLock
 
 from .buffers import content, fill, make_spec, process, write
 
-LOCK, HOLDER = FILES
+LOCK, HOLDER = ".writer.lock", ".writer.json"
 
 
 def demand_free(path: Path) -> None:
@@ -33,7 +33,7 @@ def demand_free(path: Path) -> None:
 
 def demand_taken(path: Path, pid: int) -> None:
     before = content(path)
-    with pytest.raises(BufferLockedError, match=rf"acts is being written by process {pid} on \S+ \(wait until"):
+    with pytest.raises(FolderLockedError, match=rf"acts is being written by process {pid} on \S+ \(wait until"):
         BufferWriter(path, make_spec())
     assert content(path) == before
 
@@ -57,7 +57,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(path: Path) -> None:
         demand_taken(path, os.getpid())
         with process("write", path) as other:
             out, _ = other.communicate(timeout=60)
-        assert out.startswith(f"BufferLockedError: {path} is being written by process {os.getpid()} on ")
+        assert out.startswith(f"FolderLockedError: {path} is being written by process {os.getpid()} on ")
         demand_taken(path, os.getpid())  # who was refused took nothing away
         assert ActivationBuffer(path).read("validation").n == 4  # to read it is always allowed
         fill(writer, writer.pending())
@@ -76,7 +76,7 @@ def test_it_is_free_after_close(tmp_path: Path) -> None:
         fill(writer, writer.pending())
         writer.close()
         assert not (tmp_path / "acts" / HOLDER).exists()
-        WriterLock(tmp_path / "acts").release()
+        FolderLock(tmp_path / "acts").release()
     assert (tmp_path / "acts" / LOCK).exists()  # to remove it would let two hold it
 
 
@@ -128,19 +128,19 @@ def test_a_holder_that_cannot_be_read_is_another_process(path: Path) -> None:
     with BufferWriter(path, make_spec()):
         for text in ("", "{", "[]", "{}"):
             (path / HOLDER).write_text(text)
-            with pytest.raises(BufferLockedError, match="is being written by another process"):
+            with pytest.raises(FolderLockedError, match="is being written by another process"):
                 BufferWriter(path, make_spec())
 
 
 def test_who_waited_to_make_a_buffer_does_not_make_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two find no buffer; one makes it, and is done before the other has the lock."""
 
-    def late(folder: Path) -> WriterLock:
+    def late(folder: Path) -> FolderLock:
         monkeypatch.undo()
         write(folder)
-        return WriterLock(folder)
+        return FolderLock(folder)
 
-    monkeypatch.setattr(writer_module, "WriterLock", late)
+    monkeypatch.setattr(writer_module, "FolderLock", late)
     with BufferWriter(tmp_path / "acts", make_spec()) as writer:
         assert writer.pending() == []
         assert writer.close().n_rows("train") == 26
@@ -152,7 +152,7 @@ def test_a_buffer_is_discarded_whole_and_not_while_it_is_written(path: Path) -> 
     strays = ("shard-00001.h5.tmp", "manifest.json.tmp", ".buffer.h5.tmp-47", "manifest.part-00001.json")
     with BufferWriter(path, make_spec()):
         before = content(path)
-        with pytest.raises(BufferLockedError, match=f"is being written by process {os.getpid()} on"):
+        with pytest.raises(FolderLockedError, match=f"is being written by process {os.getpid()} on"):
             discard_buffer(path)
         assert content(path) == before
     for make in (lambda: None, lambda: write(path)):

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from usae_probe import ActivationBuffer, HookedModel, attach, harvest
 from usae_probe.errors import (
-    BufferLockedError,
     BufferMismatchError,
     ConfigError,
+    FolderLockedError,
     ImageError,
     NonFiniteError,
     PrecisionError,
@@ -313,7 +313,7 @@ def test_two_harvests_do_not_write_to_one_folder(tmp_path: Path) -> None:
     refused = []
 
     def again(progress: HarvestProgress) -> None:
-        with pytest.raises(BufferLockedError, match=rf"acts is being written by process {os.getpid()} on"):
+        with pytest.raises(FolderLockedError, match=rf"acts is being written by process {os.getpid()} on"):
             whole_harvest(tmp_path / "acts")
         refused.append(progress.done)
 

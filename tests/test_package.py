@@ -93,6 +93,19 @@ def test_importing_the_package_and_asking_for_help_loads_nothing_heavy() -> None
     assert "adapters" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("ha", {"harvest"}), ("run --wo", set()), ("run --str", {"--strict"}), ("buffer ver", {"verify"})],
+)
+def test_the_shell_completes_commands_and_options(typed: str, offered: set[str]) -> None:
+    """As bash asks for it, after `usae-probe --install-completion`."""
+    words = f"usae-probe {typed}"
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_USAE_PROBE_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-c", "import sys; sys.argv = ['usae-probe']; import usae_probe.cli as c; c.main()"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
 def test_every_public_name_is_there_and_of_this_package() -> None:
     for name in usae_probe.__all__:
         assert getattr(usae_probe, name).__module__.startswith("usae_probe."), name

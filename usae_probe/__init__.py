@@ -1,8 +1,35 @@
 """usae-probe: what do trained vision models represent in common?
 
 Hooks stream the activations of any layers of live models into HDF5 buffers; a Universal Sparse Autoencoder trains from
-them; probes measure what the models share. Names are loaded when first used, so that importing the package is quick.
+them; probes measure what the models share.
+
+| to | there is |
+| --- | --- |
+| hook a model | `attach`, which gives a `HookedModel`; `Site`, `Preprocessing` |
+| keep activations | `harvest`, which gives an `ActivationBuffer`; `harvest_and_train`: more rows than fit the disk |
+| train | `train`, `train_independent`, which give a `USAE` in a `TrainResult`; `Codes` are what it encodes to |
+| train elsewhere, follow it | `joined` for several processes, `TensorBoardCallback` |
+| measure | `evaluate`, which gives a `UniversalityReport`; `scan` of whole networks, which gives a `ScanReport` |
+| see | `maximize`, which gives `CamPicture`s |
+| have all of it in one folder, with resume | `Run` and `Sweep` of a `RunConfig` |
+| share | `export_sae` |
+
+Errors that the user can mend are `UsaeProbeError`s. Adapters for other kinds of models keep to `usae_probe.adapter`.
+
+Example:
+    ```python
+    import usae_probe as up
+
+    resnet = up.attach("timm:resnet18.a1_in1k", layers=["layer4"])
+    vit = up.attach("timm:vit_base_patch16_224.augreg_in21k_ft_in1k", layers=["blocks.11"])
+    buffer = up.harvest([resnet, vit], "photos/", out="acts")
+    run = up.train(buffer, n_latents=2042, k=64)
+    report = up.evaluate(run.usae, buffer)
+    print(report.r2["resnet18/layer4"]["vit_base_patch16_224/blocks.11"], report.counts)
+    ```
 """
+
+# Names are loaded when first used, so that importing the package is quick.
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ class BufferMismatchError(UsaeProbeError):
     """A buffer that was made from something else than what is asked for now."""
 
 
-class BufferLockedError(UsaeProbeError):
-    """A buffer that another process is writing to."""
+class FolderLockedError(UsaeProbeError):
+    """A buffer, or the folder of a run, that another process is writing to."""
 
 
 class PrecisionError(UsaeProbeError):

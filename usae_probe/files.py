@@ -7,10 +7,13 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .errors import CheckpointError, first_line
 
@@ -19,15 +22,39 @@ RESTORE = "restore it, or remove it: `usae-probe run` then makes it again"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; on leaving without exception it becomes `path`, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    """Give a temporary path in the same folder; on leaving without exception it becomes `path`, durably.
+
+    Raises:
+        OSError: what the disk did not take, with `path` as its `filename`, whoever wrote.
+    """
+    with replacing_all(path) as (temporary,):
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
-        publish(temporary, path)
+
+
+@contextmanager
+def replacing_all(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """`replacing` for files that belong together: none gets its name before all are on the disk."""
+    temporaries = tuple(path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in paths)
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporaries
+        for temporary in temporaries:
+            temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+            _sync(temporary)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            _rename(temporary, path)
+    except SafetensorError as error:
+        raise _of_disk(error, paths[0]) from error
+    except OSError as error:
+        own = {str(path) for path in (*temporaries, *(path.parent for path in paths))}
+        if error.filename is None or str(error.filename) in own:
+            raise OSError(error.errno, error.strerror or first_line(error), str(paths[0])) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            with suppress(OSError):  # the error that is under way says more
+                temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -35,8 +62,16 @@ def publish(temporary: Path, final: Path) -> None:
 
     The order matters: bytes to disk, then the name, then the folder that holds the name.
     """
-    with open(temporary, "rb+") as file:
+    _sync(temporary)
+    _rename(temporary, final)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _rename(temporary: Path, final: Path) -> None:
     os.replace(temporary, final)
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(final.parent, os.O_RDONLY)
@@ -44,6 +79,12 @@ def publish(temporary: Path, final: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _of_disk(error: SafetensorError, path: Path) -> Exception:
+    """Return the OSError that safetensors reports as words; itself when it is none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error
 
 
 def _umask() -> int:

@@ -61,7 +61,7 @@ def harvest(
         SiteError: when a model has no sites, two models share a name, or rows of sites do not pair up.
         ImageError: when the images cannot be opened, or none of them decoded.
         BufferMismatchError: when `out` holds a buffer made from something else.
-        BufferLockedError: when another process writes to `out`.
+        FolderLockedError: when another process writes to `out`.
         ConfigError: for `mode = "ring"`.
         NonFiniteError, PrecisionError: for activations that cannot be stored, naming site, layer and image.
 

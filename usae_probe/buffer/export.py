@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..errors import PrecisionError, SiteError, UsaeProbeError, UsageError, nearest
-from ..files import replacing
+from ..files import replacing, replacing_all
 from ..split import SPLITS, SplitName
 from .checks import as_stored
 from .rows import Rows
@@ -202,7 +202,7 @@ def _index_of(path: Path) -> Path:
 def _write_npy(path: Path, job: _Job) -> Path:
     index = _index_of(path)
     # The index comes last, and an old one goes before new rows come: there never is an index of other rows.
-    with replacing(index) as temporary_index, replacing(path) as temporary:
+    with replacing_all(path, index) as (temporary, temporary_index):
         with temporary.open("wb") as file:
             _write_array(file, STORED[job.dtype], job.shape, job.values())
         with zipfile.ZipFile(temporary_index, "w") as archive:
@@ -234,7 +234,6 @@ def _write_array(file: _Writable, dtype: np.dtype, shape: tuple[int, ...], piece
 
 
 def _write_safetensors(path: Path, job: _Job) -> None:
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     _demand_small(job)
@@ -249,10 +248,7 @@ def _write_safetensors(path: Path, job: _Job) -> None:
         "weights_hash": job.spec.weights_hash,
     }
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # as which it reports what the disk says
-            raise OSError(str(error)) from error
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def _demand_small(job: _Job) -> None:

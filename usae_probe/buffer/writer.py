@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import BufferIntegrityError, StageError, UsaeProbeError, UsageError, first_line
 from ..files import publish
-from .lock import WriterLock
+from ..lock import FolderLock
 from .manifest import MANIFEST, TEMPORARY, Manifest, ShardEntry
 from .moments import Moments
 from .open_shard import OpenShard
@@ -46,7 +46,7 @@ class BufferWriter:
     Raises:
         BufferMismatchError: when the folder holds a buffer that was made from something else.
         BufferIntegrityError: when the folder's manifest or a sealed shard is damaged or missing.
-        BufferLockedError: when another process is writing to the folder.
+        FolderLockedError: when another process is writing to the folder.
         UsaeProbeError: when the folder cannot be written to.
 
     Example:
@@ -76,7 +76,7 @@ class BufferWriter:
         self._d_in = {site.site: site.d_in for site in spec.sites}
         self._open: OpenShard | None = None
         self._own: list[ShardEntry] = []  # sealed by this one of several processes
-        self._lock: WriterLock | None = None
+        self._lock: FolderLock | None = None
         with self._released_on_error():
             self._manifest = self._resume() if (self.path / MANIFEST).exists() else self._create()
         self._due = self._plans
@@ -120,7 +120,7 @@ class BufferWriter:
             raise UsaeProbeError(
                 f"a buffer cannot be written to {self.path}: {error.strerror}", hint="see to the folder's permissions"
             ) from error
-        self._lock = WriterLock(self.path)
+        self._lock = FolderLock(self.path)
         if (self.path / MANIFEST).exists():  # who held the lock has made it
             return self._resume()
         remove_parts(self.path)
@@ -135,7 +135,7 @@ class BufferWriter:
     def _resume(self) -> Manifest:
         manifest = Manifest.load(self.path)
         if not (manifest.complete or self._rank):
-            self._lock = self._lock or WriterLock(self.path)
+            self._lock = self._lock or FolderLock(self.path)
             manifest = Manifest.load(self.path)  # who held the lock may have gone on with it
             if not manifest.shards and not any(read_parts(self.path, manifest.identity)):
                 manifest = self._fresh()  # nothing would be lost, whatever it was meant to hold
@@ -329,10 +329,10 @@ def discard_buffer(path: str | Path) -> None:
     """Remove a buffer's files from a folder, and nothing else in it.
 
     Raises:
-        BufferLockedError: when another process is writing to it.
+        FolderLockedError: when another process is writing to it.
     """
     folder = Path(path)
-    lock = WriterLock(folder)
+    lock = FolderLock(folder)
     try:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it there is no buffer
         remove_parts(folder)

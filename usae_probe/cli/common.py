@@ -59,7 +59,9 @@ def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
         raise typer.Exit(1) from None
     except OSError as error:
-        _fail(as_json, type(error).__name__, str(error), "check space and permissions; what was finished is kept", 1)
+        said = f"{error.strerror}: '{error.filename}'" if error.strerror and error.filename else str(error)
+        hint = "see to the disk and the permissions, and give the command again: what was finished is kept"
+        _fail(as_json, type(error).__name__, said, hint, 1)
     except Exception as error:
         if os.environ.get("USAE_PROBE_DEBUG"):
             raise

@@ -31,7 +31,7 @@ def discard_other_buffer(folder: Path, spec: BufferSpec, *, state: Path | None =
 
     Raises:
         BufferIntegrityError: for a manifest that cannot be read, of a newer schema say: nothing is removed then.
-        BufferLockedError: when another process is writing to it.
+        FolderLockedError: when another process is writing to it.
     """
     if not folder.is_dir() or ((folder / "manifest.json").exists() and _serves(folder, spec, state)):
         return

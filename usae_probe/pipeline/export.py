@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,17 +80,29 @@ def export_run(
     metrics = read_json(run_dir / "metrics.json") if run.is_done("evaluate") else None
     overview = run.overview(metrics or {"sites": list(usae.sites)}, None)
     described, files = [], list[Path]()
-    for site in wanted:
-        name = file_stem(site) if format == "saelens" else f"{file_stem(site)}.safetensors"
-        model = config.models[model_of(site)]
-        about = {
-            "model_name": network_name(model.name),
-            "adapter": model.adapter,
-            "dataset_path": Path(config.images.source).name,
-        }
-        files += export_sae(usae, site, folder / name, format=format, about=about, force=force)
-        described.append({"site": site, "d_in": usae.d_in[site], "architecture": architecture(usae, site)})
-        described[-1] |= {"format": format, "file": name}
-    facts = list(about_run(record.data, overview, metrics))
-    write_text(folder / CARD, model_card(run_dir.resolve().name, overview, facts, described, metrics))
+    with _all_or_nothing(files, keep=force):
+        for site in wanted:
+            name = file_stem(site) if format == "saelens" else f"{file_stem(site)}.safetensors"
+            model = config.models[model_of(site)]
+            about = {
+                "model_name": network_name(model.name),
+                "adapter": model.adapter,
+                "dataset_path": Path(config.images.source).name,
+            }
+            files += export_sae(usae, site, folder / name, format=format, about=about, force=force)
+            described.append({"site": site, "d_in": usae.d_in[site], "architecture": architecture(usae, site)})
+            described[-1] |= {"format": format, "file": name}
+        facts = list(about_run(record.data, overview, metrics))
+        write_text(folder / CARD, model_card(run_dir.resolve().name, overview, facts, described, metrics))
     return Exported(folder, described, [*files, folder / CARD], metrics is not None)
+
+
+@contextmanager
+def _all_or_nothing(files: list[Path], *, keep: bool) -> Iterator[None]:
+    """Remove the files again when not all can be written, unless there may have been others in their places."""
+    try:
+        yield
+    except BaseException:
+        for path in () if keep else files:
+            path.unlink(missing_ok=True)
+        raise

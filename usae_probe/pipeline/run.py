@@ -16,6 +16,7 @@ from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsErr
 from ..files import read_json
 from ..harvesting import HarvestProgress, buffer_spec, demand_all_decoded, harvest
 from ..hooks import HookedModel
+from ..lock import claiming
 from ..probes import UniversalityReport, one_site_per_model
 from ..split import SPLITS
 from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, warn_without_bottleneck
@@ -73,6 +74,7 @@ class Run:
             NoLatentsError: when only pictures were asked for, and there is no latent to make them of.
             ConfigError: when the config asks for TensorBoard's files and its package is not installed.
             UsageError: when the config names a scan for the page that is not there.
+            FolderLockedError: when another process is at work in the folder.
         """
         stages = stages or self.stages
         self._check_along(stages)
@@ -82,14 +84,8 @@ class Run:
             scan_folder(self.config, self.folder)  # a scan that is not there is known before any work
         for before in earlier(stages[0]):
             self._require(before)
-        results: list[StageResult] = []
-        for stage in stages:
-            try:
-                results += self._stages(stage, stages)
-            except NoLatentsError as error:
-                if not results:
-                    raise
-                warnings.warn(str(error), UsaeProbeWarning, stacklevel=2)
+        with claiming(self.folder):
+            results = self._done(stages)
         measured = "evaluate" in (*earlier(stages[-1]), *stages)
         return RunResult(
             self.folder,
@@ -98,6 +94,17 @@ class Run:
             cam=read_json(self.folder / "cam/cam.json") if any(done.stage == "cam" for done in results) else None,
             report=self._report,
         )
+
+    def _done(self, stages: tuple[Stage, ...]) -> list[StageResult]:
+        results: list[StageResult] = []
+        for stage in stages:
+            try:
+                results += self._stages(stage, stages)
+            except NoLatentsError as error:
+                if not results:
+                    raise
+                warnings.warn(str(error), UsaeProbeWarning, stacklevel=3)
+        return results
 
     def _check_along(self, stages: tuple[Stage, ...]) -> None:
         """Check what is asked for of a training that goes along with its harvest.

@@ -16,6 +16,7 @@ from ..errors import ConfigError, UsageError
 from ..files import json_sha256, write_json, write_text
 from ..hooks import HookedModel
 from ..images import annotations_of
+from ..lock import claiming
 from ..probes.scan import ScanProgress, ScanReport, ScanSettings, choose_sites, depths_of, joint_length, scan_buffer
 from ..report.scan_figures import scan_figures
 from ..sites import layer_of
@@ -93,12 +94,17 @@ class Scan:
 
         Raises:
             UsageError: when no layers can be chosen, a budget is too short, or the folder is that of a run.
+            FolderLockedError: when another process is at work in the folder.
         """
         if (self.folder / "run.json").exists() and not (self.folder / "plan.json").exists():
             raise UsageError(
                 f"'{self.folder}' is the folder of a run, whose results a scan would replace",
                 hint="choose another --out; the default is runs/<config's name>-scan",
             )
+        with claiming(self.folder):
+            return self._done()
+
+    def _done(self) -> ScanResult:
         plan = self._plan()
         if plan.about:
             self._announce(plan.about)

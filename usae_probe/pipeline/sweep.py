@@ -13,6 +13,7 @@ from ..buffer import ActivationBuffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, ConfigError, StageError, UsaeProbeError
 from ..files import csv_text, write_json, write_text
+from ..lock import claiming
 from ..probes import one_site_per_model
 from ..report.sweep_figure import sweep_figure
 from ..split import SplitName
@@ -149,7 +150,12 @@ class Sweep:
         Raises:
             StageError: when the run that lends its buffer was harvested with another config, or not at all.
             BufferIntegrityError: when the buffer has no rows to measure on.
+            FolderLockedError: when another process is at work in the folder.
         """
+        with claiming(self.folder):
+            return self._done()
+
+    def _done(self) -> SweepResult:
         buffer = self._buffer()
         self._check(buffer)
         seeds = tuple(dict.fromkeys(cell.seed for cell in self.cells))

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..buffer import ActivationBuffer, SiteSpec
-from ..buffer.lock import holder
 from ..buffer.parts import read_parts
 from ..errors import BufferIntegrityError
+from ..lock import holder
 from ..split import SPLITS, SplitName
 from .summary import file_table
 

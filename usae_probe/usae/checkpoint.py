@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, ConfigError
-from ..files import json_text, replacing, sha256
+from ..files import json_text, replacing_all, sha256
 from .model import USAE
 
 SCHEMA = 1
@@ -42,7 +42,7 @@ def save_usae(usae: USAE, path: Path) -> None:
         tensors |= {f"{key}.{index}": value.detach().cpu().contiguous().clone() for key, value in parts.items()}
     learnt = usae.sparsity.state_dict()
     tensors |= {f"sparsity.{name}": value.cpu().contiguous().clone() for name, value in learnt.items()}
-    with replacing(path) as weights, replacing(beside) as about:
+    with replacing_all(path, beside) as (weights, about):
         save_file(tensors, weights)
         content: dict[str, Any] = {
             "schema": SCHEMA,

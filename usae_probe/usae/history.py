@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,8 @@ class HistoryFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError) if kind else nullcontext():  # a full disk has been told of
+                self._file.close()
 
     def add(self, record: StepRecord, *, keep: bool) -> None:
         """Write the record if `keep`; the first one, kept or not, decides what is cut off."""
@@ -37,8 +39,12 @@ class HistoryFile:
             write_text(self.path, "".join(f"{line}\n" for line in lines))
             self._file = self.path.open("a", encoding="utf-8")
         if keep:
-            self._file.write(json.dumps(_finite(asdict(record)), allow_nan=False) + "\n")
-            self._file.flush()
+            line = json.dumps(_finite(asdict(record)), allow_nan=False) + "\n"
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_history(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import replacing, write_json
+from ..files import json_text, replacing, replacing_all
 from ..sites import layer_of
 from .model import USAE
 
@@ -105,11 +105,9 @@ def export_sae(
         if path.exists() and not force:
             raise UsageError(f"'{path}' is there already", hint="give another place, or force = True (--force)")
     if format == "safetensors":
-        _save(
-            weights,
-            to,
-            {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()},
-        )
+        header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+        with replacing(to) as stored:
+            save_file(weights, stored, metadata=header)
         return files
     metadata = {key: value for key, value in settings.items() if key not in ("d_in", "d_sae", "k", "architecture")}
     config: dict[str, Any] = {"architecture": settings["architecture"], "d_in": settings["d_in"]}
@@ -117,8 +115,10 @@ def export_sae(
     config |= {"normalize_activations": "none", "reshape_activations": "none"}
     if config["architecture"] == "topk":
         config |= {"k": settings["k"], "rescale_acts_by_decoder_norm": False}
-    _save(weights, files[0], {})
-    write_json(files[1], config | {"metadata": {"sae_lens_version": _SAELENS_FORMAT, **metadata}})
+    document = config | {"metadata": {"sae_lens_version": _SAELENS_FORMAT, **metadata}}
+    with replacing_all(*files) as (stored, described):
+        save_file(weights, stored)
+        described.write_text(json_text(document), encoding="utf-8")
     return files
 
 
@@ -135,8 +135,3 @@ def _settings(usae: USAE, site: str, about: Mapping[str, Any]) -> dict[str, Any]
         "made_by": "usae-probe",
         **about,
     }
-
-
-def _save(weights: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    with replacing(path) as temporary:
-        save_file(dict(weights), temporary, metadata=dict(header) or None)
