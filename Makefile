@@ -3,13 +3,17 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint reference benchmarks clean
+.PHONY: demo test lint coverage reference benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/usae-probe demo --out runs/demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# the tests as above, and which lines they run
+coverage: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term:skip-covered
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -202,6 +202,16 @@ def test_cam_of_a_run_folder(cli: Command) -> None:
 # --- what fails ---
 
 
+@pytest.mark.parametrize("words", ["run c.toml --out --json", "sweep c.toml --out --holdout", "export r --to --force"])
+def test_an_option_is_no_folder(cli: Command, words: str, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    result = cli(*words.split())
+    said = result.out + result.err
+    assert result.status == 2
+    assert "is an option, a path was expected" in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def misfit() -> None:
     save_file({"0.weight": torch.zeros(2, 2)}, "w.safetensors")
     changed('layers = ["3"]', 'layers = ["3"]\ncheckpoint = "w.safetensors"')

@@ -60,6 +60,11 @@ def test_a_run_shows_the_figures_of_its_own_settings(cli: Command) -> None:
     assert "Published: the paper &lt;1&gt;" in page
     assert cli("export", "run").status == 0
     assert "### Published: the paper" in Path("run/export/README.md").read_text()
+    Path("c.toml").write_text(Path("c.toml").read_text().replace("0.360", "0.361"))
+    again = cli("run", "c.toml", "--out", "run")
+    assert "report: redone, published changed" in again.err
+    assert again.err.count("kept, already done") == 3
+    assert ".361" in Path("run/report.html").read_text()
 
 
 def test_a_sweep_goes_through_its_table_and_shows_the_figures_of_each(cli: Command) -> None:

@@ -182,7 +182,7 @@ def test_a_sweep_measures_every_cell_on_validation_rows(sweep: Sweeper, lender: 
     news: list[Any] = []
     result = sweep(seeds=2, progress=progress.append, announce=news.append)
     folder, buffer = tmp_path / "sweep", ActivationBuffer(lender / "run/buffer")
-    assert {file.name for file in folder.iterdir()} == {"cells", "sweep.json", "sweep.csv", "sweep.png"}
+    assert {file.name for file in folder.glob("[!.]*")} == {"cells", "sweep.json", "sweep.csv", "sweep.png"}
     assert fates(result) == ["done"] * 8
     assert all(isinstance(item, CellResult) for item in news)
     data = json.loads((folder / "sweep.json").read_text(), parse_constant=pytest.fail)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BufferIntegrityError, UsageError, nearest
-from .common import Json, guard, show
+from .common import Json, guard, no_option, show
 
 if TYPE_CHECKING:
     from ..buffer import ActivationBuffer
@@ -57,7 +57,10 @@ def export(
     run_dir: RunDir,
     site: Annotated[str, typer.Option("--site", help="Whose rows, such as vit/blocks.8; info lists the sites.")],
     to: Annotated[
-        Path, typer.Option("--to", metavar="FILE", help="FILE.npy (and FILE.index.npz) or FILE.safetensors.")
+        Path,
+        typer.Option(
+            "--to", callback=no_option, metavar="FILE", help="FILE.npy (and FILE.index.npz) or FILE.safetensors."
+        ),
     ],
     split: Annotated[str, typer.Option("--split", help="train, validation, holdout, or all in this order.")] = "all",
     dtype: Annotated[

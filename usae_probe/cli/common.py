@@ -16,6 +16,14 @@ import typer
 from ..errors import UsaeProbeError, UsaeProbeWarning, UsageError, WorkerError
 from .several import demand_alone
 
+
+def no_option(place: Path | None) -> Path | None:
+    """Refuse an option in the place of a folder, which would else be made under that name."""
+    if str(place).startswith("-"):
+        raise typer.BadParameter(f"'{place}' is an option, a path was expected (one of that name: ./{place})")
+    return place
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Config of the run.")]
 Device = Annotated[
@@ -29,7 +37,9 @@ Dtype = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="An image that cannot be decoded is an error; else it is left out, and named.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<config's name>.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", callback=no_option, help="Run folder; default: runs/<config's name>.")
+]
 
 
 @contextmanager

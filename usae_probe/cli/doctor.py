@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, guard, show, shown_warnings
+from .common import Json, guard, no_option, show, shown_warnings
 
 
 def doctor(
-    out: Annotated[Path, typer.Option("--out", help="Where runs would be written.")] = Path("runs"),
+    out: Annotated[Path, typer.Option("--out", callback=no_option, help="Where runs would be written.")] = Path("runs"),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the benchmark of about five seconds.")] = False,
     as_json: Json = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, guard, show
+from .common import Json, guard, no_option, show
 
 
 def export(
@@ -15,7 +15,9 @@ def export(
     site: Annotated[
         list[str] | None, typer.Option("--site", help="Only this site; repeat for more. Default: all.")
     ] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="Folder; default: export in the run's.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", callback=no_option, help="Folder; default: export in the run's.")
+    ] = None,
     format: Annotated[
         str,
         typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Device, Dtype, Json, guard, show, shown_warnings
+from .common import Config, Device, Dtype, Json, guard, no_option, show, shown_warnings
 from .running import say_stage
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def scan(
     holdout: Annotated[
         bool, typer.Option("--holdout", help="Measure on the held-out rows: once, after layers were chosen.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Scan folder; default: runs/<config's name>-scan.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", callback=no_option, help="Scan folder; default: runs/<config's name>-scan.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Config, Device, Dtype, Json, Out, Strict, guard
+from .common import Config, Device, Dtype, Json, Out, Strict, guard, no_option
 from .running import do_stages
 from .several import help_process_0, together
 
@@ -55,7 +55,8 @@ def evaluate(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"), as_json: Json = False
+    out: Annotated[Path, typer.Option("--out", callback=no_option, help="Run folder.")] = Path("runs/demo"),
+    as_json: Json = False,
 ) -> None:
     """Do it all on two small trained networks and drawn images: no network, no data, two to four minutes."""
     with guard(as_json, str(out)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Config, Device, Dtype, Json, guard, show, shown_warnings
+from .common import Config, Device, Dtype, Json, guard, no_option, show, shown_warnings
 from .running import say_stage
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def sweep(
         typer.Option("--holdout", help="Measure on the held-out rows: once, after the choice was made on validation."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Sweep folder; default: runs/<config's name>-sweep.")
+        Path | None,
+        typer.Option("--out", callback=no_option, help="Sweep folder; default: runs/<config's name>-sweep."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -80,6 +80,8 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
     if stage == "report":  # it shows the pictures and the scan that there are, and needs neither
         keys |= {f"cam.{key}": whole["cam"][key] for key in _OF_EXEMPLARS}
         scan = scan_folder(config, folder)
+        if published := config.published_here():
+            keys["published"] = [each.model_dump() for each in published]
         keys |= {"the cam's result": results.get("cam"), "the scan": scan and content_hash(scan / "scan.json")}
     # The same keys with other pictures behind them, say.
     return keys | {f"the {before}'s result": results.get(before) for before in earlier(stage)}
