@@ -107,39 +107,34 @@ class _Sums:
         n: rows.
         own: where x is in y.
         total: [D] Σ y.
-        squares: [D] Σ y².
         products: [d, D] Σ xᵀy; its columns `own` are Σ xᵀx.
     """
 
     n: int
     own: slice
     total: np.ndarray
-    squares: np.ndarray
     products: np.ndarray
 
     @classmethod
     def empty(cls, own: slice, width: int) -> _Sums:
-        return cls(0, own, np.zeros(width), np.zeros(width), np.zeros((own.stop - own.start, width)))
+        return cls(0, own, np.zeros(width), np.zeros((own.stop - own.start, width)))
 
     def add(self, rows: np.ndarray) -> None:
         self.n += len(rows)
         self.total += rows.sum(0)
-        self.squares += np.square(rows).sum(0)
         self.products += rows[:, self.own].T @ rows
 
     def merge(self, other: _Sums) -> None:
         self.n += other.n
         self.total += other.total
-        self.squares += other.squares
         self.products += other.products
 
     def about(self, mean: np.ndarray) -> _Sums:
         """Return the sums over the same rows less `mean` [D]."""
-        squares = self.squares - 2 * mean * self.total + self.n * np.square(mean)
         # Σ (x − m)ᵀ(y − m) = Σ xᵀy − mᵀΣy − (Σx − n·m)ᵀm
         products = self.products - np.outer(mean[self.own], self.total)
         products -= np.outer(self.total[self.own] - self.n * mean[self.own], mean)
-        return _Sums(self.n, self.own, self.total - self.n * mean, squares, products)
+        return _Sums(self.n, self.own, self.total - self.n * mean, products)
 
     @property
     def mean(self) -> np.ndarray:
@@ -201,10 +196,11 @@ class _Fit:
 
 
 def _fold_errors(fit_on: _Sums, left_out: _Sums, targets: list[slice], penalties: np.ndarray) -> np.ndarray:
-    """Return Σ‖y − ŷ‖² over the rows left out, [targets, penalties], from sums alone.
+    """Return Σ‖y − ŷ‖² − Σ‖y‖² over the rows left out, [targets, penalties], from sums alone.
 
-    About the means of the rows that were fitted on, Σ‖y − xB‖² = tr YᵀY − 2 tr BᵀXᵀY + tr BᵀXᵀXB; with XᵀX = VΛVᵀ of
-    those, B = V (Λ + λ)⁻¹ A, A = VᵀXᵀY, so that each λ costs a product of a vector and a matrix.
+    About the means of the rows that were fitted on, Σ‖y − xB‖² = tr YᵀY − 2 tr BᵀXᵀY + tr BᵀXᵀXB, the first of which
+    is the same for every λ and left out; with XᵀX = VΛVᵀ of those rows, B = V (Λ + λ)⁻¹ A, A = VᵀXᵀY, so that each λ
+    costs a product of a vector and a matrix.
     """
     fitted, left = fit_on.about(fit_on.mean), left_out.about(fit_on.mean)
     values, vectors = np.linalg.eigh(fitted.gram)
@@ -216,7 +212,7 @@ def _fold_errors(fit_on: _Sums, left_out: _Sums, targets: list[slice], penalties
         a = along[:, part]
         linear = shrink @ (a * left_along[:, part]).sum(1)
         quadratic = ((shrink @ (left_gram * (a @ a.T))) * shrink).sum(1)
-        sse.append(left.squares[part].sum() - 2 * linear + quadratic)
+        sse.append(quadratic - 2 * linear)
     return np.stack(sse)
 
 
