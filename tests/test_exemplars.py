@@ -92,6 +92,7 @@ def test_images_that_look_the_same_stand_once() -> None:
 
 def test_ranks_and_overlaps_by_hand() -> None:
     assert ranked(np.array([0.0, 2, 3, 2, 0])) == [2, 1, 3]
+    assert ranked(np.tile([1.0, 2.0], 50)) == [*range(1, 100, 2), *range(0, 100, 2)]  # of equal ones the first
     assert overlap(np.array([3.0, 2, 1, 0]), np.array([1.0, 0, 2, 3]), n=2) == Overlap(0, 2, 1.0)
     assert overlap(np.array([3.0, 2, 1, 0]), np.array([3.0, 2, 0, 0]), n=20) == Overlap(2, 2, 1.0)
     assert math.isnan(overlap(np.array([0.0, 0]), np.array([1.0, 0])).share)

@@ -107,6 +107,18 @@ def test_quantiles_by_hand() -> None:
     assert sums.intervals(resamples)["m/a"]["m/a"] == pytest.approx((-3.5 + 0.1, 0.5 - 0.1))
 
 
+def test_quantiles_do_not_depend_on_the_unit() -> None:
+    found = []
+    for unit in (1.0, 1e-4):
+        normalisation = {site: (torch.zeros(d), unit) for site, d in DIMS.items()}
+        usae = USAE(DIMS, 16, 2, normalisation=normalisation, kernel="reference").to(torch.float64)
+        rows = {site: x.astype(np.float64) * unit for site, x in drawn(30).items()}
+        found.append(streamed(usae, rows, np.arange(30) % GROUPS, GROUPS, 30).quantiles())
+    for source, row in found[0].items():
+        for target, values in row.items():
+            assert found[1][source][target] == pytest.approx(values, rel=1e-4)
+
+
 def test_dimensions_that_do_not_vary_are_left_out() -> None:
     usae, rows = made(), drawn(30)
     group = np.arange(30) % GROUPS

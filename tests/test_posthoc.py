@@ -139,6 +139,13 @@ class TestMatchedAfterwards:
         loud = matched_afterwards(saes, same, config=ProbesConfig(nulls=0, tau=5.0), matched_on="train")
         assert loud.counts["dead"] == 30  # strengths are 1 to 2
 
+    def test_of_training_rows_no_more_than_asked_for_are_matched_on(self, same: ActivationBuffer) -> None:
+        # nothing correlates over one row; the number is that of training rows alone
+        saes = {A: reader(A, shuffled(30, 1), 30), B: reader(B, shuffled(30, 2), 30)}
+        one_row = ProbesConfig(nulls=0, bootstrap=0, train_rows=1)
+        assert matched_afterwards(saes, same, config=one_row, matched_on="train").counts["universal"] < 10
+        assert matched_afterwards(saes, same, config=one_row, matched_on="holdout").counts["universal"] == 30
+
     @pytest.mark.parametrize("kind", ["content", "place"])
     def test_several_rows_per_image(self, tmp_path: Path, kind: str) -> None:
         """By content copies are universal; by place alone they are not, however well their codes correlate."""
