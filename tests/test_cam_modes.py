@@ -19,7 +19,8 @@ from usae_probe.probes.cam import CamPicture, maximize
 from usae_probe.probes.cam.canvases import FourierCanvas, MacoCanvas, PixelCanvas
 from usae_probe.probes.cam.climbing import Job, Wanted, climb
 from usae_probe.probes.cam.objectives import apart_from, likeness
-from usae_probe.probes.cam.targets import Target, chosen_targets
+from usae_probe.probes.cam.targets import Target, chosen_targets, row_at
+from usae_probe.sites import Site
 
 from .cam_world import MEAN, STD, World, dictionary, network, world
 
@@ -106,6 +107,13 @@ def test_a_place_is_the_row_of_the_buffer_that_stands_for_it(patches: World) -> 
             levels = torch.from_numpy(picture).permute(2, 0, 1)[None]
             with torch.no_grad():
                 assert target.own_z_pre(target.rows(levels), [5]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_centre_of_a_grid_that_is_not_square(patches: World) -> None:
+    model, site = patches.models[0], Site.parse(patches.usae.sites[0])
+    assert row_at(model, site, (2, 5)) == 1 * 5 + 2
+    assert row_at(model, site, (5, 2)) == 2 * 2 + 1
+    assert row_at(model, site, (2, 5), (0, 4)) == 4
 
 
 def test_a_place_that_is_not_there(patches: World, two: World) -> None:

@@ -45,8 +45,8 @@ def test_a_comparison_by_hand() -> None:
     equal = compared(found, "a/x", 0, 4.0, np.zeros(4), 100)
     assert (equal.percentile, equal.above_all) == (75.0, False)  # as strong as the strongest is not above it
     unknown = compared(None, "a/x", 0, 4.0, np.zeros(4), 100)
-    assert math.isnan(unknown.percentile)
-    assert (unknown.n, unknown.above_all) == (0, False)
+    assert all(map(math.isnan, (unknown.score, unknown.percentile, unknown.ratio, unknown.transfer)))
+    assert (unknown.n, unknown.above_all, unknown.n_controls) == (0, False, 0)
 
 
 def test_controls_fire_about_as_often() -> None:

@@ -29,7 +29,7 @@ from usae_probe.errors import (
     UsageError,
 )
 from usae_probe.images import Annotation, ImageSource, open_source
-from usae_probe.probes.ablation import draw_nulls
+from usae_probe.probes.ablation import Fires, draw_nulls
 from usae_probe.probes.fidelity import Fidelity, fidelity
 from usae_probe.probes.heads import Reading, final_features, fit_probe, has_head
 from usae_probe.usae import USAE
@@ -717,6 +717,25 @@ def test_effects_equal_plain_hooks(tmp_path: Path, batch_size: int, monkeypatch:
             assert record.spearman == pytest.approx(spearman, abs=1e-6, nan_ok=True)
     assert sum(math.isfinite(record.correlation) for record in found.latents) >= 2
     assert compared >= 2
+
+
+@torch.no_grad()
+def test_energy_is_the_mean_activation_over_rows_times_the_length_of_the_decoder_row() -> None:
+    from usae_probe.probes.splicing import live_sites
+
+    pictures, site = drawings(40), "m/0@patch"
+    with hook(conv_net(), "m", layers=["0@patch"]) as model:
+        usae = some([model], pictures, grid=(2, 2))
+        (live,) = live_sites(usae, [model], [site])
+        rows = rows_of(model, pictures, (2, 2))[site]
+    found = Fires(usae, live)
+    for part in (rows[:60], rows[60:]):  # of 15 and of 25 images
+        found.add([usae.encode(part, site)], len(part) // 4)
+    z = plain_z(usae, rows, site)
+    expected = z.mean(0) * usae.W_dec.norm(dim=1)
+    assert found.energy() == pytest.approx(expected.numpy(), rel=1e-9)
+    fired = (z > 0).reshape(40, 4, -1).any(1)
+    assert found.images() == {k: fired[:, k].nonzero().flatten().tolist() for k in range(20) if fired[:, k].any()}
 
 
 def test_ablation_at_every_place_of_the_common_grid(tmp_path: Path) -> None:

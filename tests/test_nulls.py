@@ -270,6 +270,12 @@ class TestHowMany:
         assert found is not None
         assert len(found.counts["dead"]) == expected
 
+    def test_parts_end_where_an_image_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(nulls_module, "_CHUNK", 3)
+        found = list(nulls_module._parts(np.array([0, 2, 4]), 6))  # images of two rows
+        assert found == [slice(0, 4), slice(4, 6)]
+        assert list(nulls_module._parts(np.arange(7), 7)) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+
     def test_to_dict(self) -> None:
         counts = {name: [0, 0, 0] for name in CATEGORIES} | {"universal": [0, 2, 1], "partial": [4, 0, 0]}
         nulls = NullCounts("class", 900, 300, counts)
