@@ -34,6 +34,12 @@ class TestWorkspace:
         assert taken(space).data_ptr() == place
         assert taken(space, (LARGE[0] * 64,)).data_ptr() == place  # of any shape
 
+    def test_memory_is_handed_out_for_what_fills_half_of_it(self) -> None:
+        for times, expected in ((2, True), (3, False)):
+            space = Workspace()
+            place = taken(space, (times * LARGE[0], 64)).data_ptr()
+            assert (taken(space).data_ptr() == place) == expected
+
     @pytest.mark.parametrize("alias", ["the tensor", "a view", "detached", "saved for backward", "numpy"])
     def test_memory_that_is_held_is_not_handed_out(self, alias: str) -> None:
         space = Workspace()

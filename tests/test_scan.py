@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ def test_layers_are_matched_in_depth(report: ScanReport, measure: str) -> None:
     assert wins(values) == wins(values.T) == 1.0
     assert report.order[measure] == pytest.approx(1.0)
     assert values[0, 0] > values[0, 1] >= values[0, 2]
+
+
+def test_each_two_measures_have_an_agreement(report: ScanReport) -> None:
+    measured = [measure for measure in MEASURES if report.matrix(measure)]
+    assert len(measured) > 2
+    expected = [f"{one} and {other}" for one, other in combinations(measured, 2)]
+    assert list(report.agreement)[: len(expected)] == expected
 
 
 def test_joint_and_pairs_rank_the_cells_alike(report: ScanReport) -> None:

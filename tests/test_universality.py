@@ -126,6 +126,8 @@ class TestCoFiring:
         assert np.isnan(found.lift[3:5]).all()
         assert found.phi.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # a constant vector correlates with nothing
         np.testing.assert_allclose(found.p, [1, 1 / 252, 1, 1, 1, 1], atol=1e-12)
+        # of two images one, the same or the other one
+        assert co_firing(np.array([1, 1]), np.array([1, 1]), np.array([1, 0]), 2).phi.tolist() == [1.0, -1.0]
 
     def test_perfect_agreement_of_many_has_a_p_within_range(self) -> None:
         found = co_firing(np.array([4000]), np.array([4000]), np.array([4000]), 10_000)
