@@ -21,6 +21,8 @@ from usae_probe.errors import BufferIntegrityError, ConfigError, SiteError, Usag
 from usae_probe.images import Annotation
 from usae_probe.probes import CATEGORIES, LatentRecord, UniversalityReport, evaluate, one_site_per_model
 from usae_probe.probes.intervals import ImageGroups, Resamples
+from usae_probe.probes.linear import linear_reference
+from usae_probe.probes.similarity import similarity
 from usae_probe.probes.universality import Category
 from usae_probe.usae import USAE, train
 
@@ -582,6 +584,16 @@ class TestWhatStandsBesideIt:
         assert one.to_csv() == same.to_csv()
         assert one.r2_interval != other.r2_interval
         assert one.r2 == other.r2
+
+    def test_what_stands_beside_it_goes_by_the_settings(self, usae: USAE, buffer: ActivationBuffer) -> None:
+        found = evaluate(
+            usae, buffer, split="validation", seed=3, nulls=4, neighbours=5, similarity_images=40, train_rows=60,
+            bootstrap=0,
+        )  # fmt: skip
+        alike = similarity(buffer, usae.sites, split="validation", n_images=40, k=5, nulls=4, seed=3)
+        assert str(found.similarity) == str(alike)  # NaN is not equal to itself
+        linear = linear_reference(buffer, usae.sites, split="validation", train_rows=60, seed=3)
+        assert str(found.linear) == str(linear)
 
     def test_no_resamples(self, usae: USAE, buffer: ActivationBuffer, report: UniversalityReport) -> None:
         found = evaluate(usae, buffer, bootstrap=0)

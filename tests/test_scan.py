@@ -181,6 +181,23 @@ def test_a_null_worked_out_by_hand(tmp_path: Path) -> None:
     assert found.r2["a/x"]["b/x"] == pytest.approx(1 - np.square(x - 1).sum() / total)
 
 
+def test_a_followed_latent_has_no_energy_where_nothing_fires(tmp_path: Path) -> None:
+    x = np.array([[1.0, 0.0], [-1.0, 0.0]] * 200, dtype=np.float32)
+    sites = ("a/x", "a/y", "b/x")
+    buffer = ActivationBuffer.from_arrays(dict.fromkeys(sites, x), tmp_path, holdout=0.0, validation=0.5)
+    usae = USAE(dict.fromkeys(sites, 2), n_latents=1, k=1)
+    with torch.no_grad():
+        for of_site, bias in zip(usae.b_enc, (0.0, -9.0, 0.0), strict=True):
+            of_site.fill_(bias)
+        usae.W_enc[:] = torch.tensor([1.0, 0.0])
+        usae.W_dec.copy_(torch.tensor([[1.0, 0.0] * 3]))
+    pairs = [("a/x", "b/x"), ("a/y", "b/x")]
+    _, (one,) = scan_codes(usae, buffer, pairs, split="validation", config=SETTINGS.probes)
+    assert one.energy == {"a/x": 1.0, "a/y": 0.0, "b/x": 1.0}
+    assert one.rate["a/y"] == 0.0
+    assert one.strength == 2.0
+
+
 def test_nulls_of_counts_are_small(report: ScanReport) -> None:
     assert report.joint is not None
     null = np.array([[report.joint.universal_null[f"left/{a}"][f"right/{b}"] for b in LAYERS] for a in LAYERS])

@@ -347,6 +347,13 @@ class TestSplit:
         found = split_latents({A: a, B: b}, classes, [A, B], 0.9)
         assert found.tolist() == [True, True, False, False, True]
 
+    def test_one_partner_of_several_candidates_is_enough(self) -> None:
+        # 0 and 3 of a, 1 and 2 of b: 0 and 1 are equal, 2 and 3 are like nothing
+        rows_of = np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        classes = self.made(["specific"] * 4, [[True, False], [False, True], [False, True], [True, False]])
+        found = split_latents({A: rows_of, B: rows_of}, classes, [A, B], 0.9)
+        assert found.tolist() == [True, True, False, False]
+
     def test_another_row_in_one_site_or_the_opposite_sign_is_not(self) -> None:
         classes = self.made(["specific", "specific"], [[True, False], [False, True]])
         same, turned = np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [0.8, 0.6]])  # cosine .8
