@@ -187,9 +187,9 @@ def test_a_followed_latent_has_no_energy_where_nothing_fires(tmp_path: Path) -> 
     buffer = ActivationBuffer.from_arrays(dict.fromkeys(sites, x), tmp_path, holdout=0.0, validation=0.5)
     usae = USAE(dict.fromkeys(sites, 2), n_latents=1, k=1)
     with torch.no_grad():
-        for of_site, bias in zip(usae.b_enc, (0.0, -9.0, 0.0), strict=True):
+        for encoder, of_site, bias in zip(usae.W_enc, usae.b_enc, (0.0, -9.0, 0.0), strict=True):
+            encoder.copy_(torch.tensor([[1.0, 0.0]]))
             of_site.fill_(bias)
-        usae.W_enc[:] = torch.tensor([1.0, 0.0])
         usae.W_dec.copy_(torch.tensor([[1.0, 0.0] * 3]))
     pairs = [("a/x", "b/x"), ("a/y", "b/x")]
     _, (one,) = scan_codes(usae, buffer, pairs, split="validation", config=SETTINGS.probes)
