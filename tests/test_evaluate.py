@@ -20,6 +20,7 @@ from usae_probe.config import ProbesConfig
 from usae_probe.errors import BufferIntegrityError, ConfigError, SiteError, UsageError
 from usae_probe.images import Annotation
 from usae_probe.probes import CATEGORIES, LatentRecord, UniversalityReport, evaluate, one_site_per_model
+from usae_probe.probes.factors import FactorScores
 from usae_probe.probes.intervals import ImageGroups, Resamples
 from usae_probe.probes.linear import linear_reference
 from usae_probe.probes.similarity import similarity
@@ -264,6 +265,26 @@ class TestFactors:
         row, record = rows[labelled.universal[0].latent], labelled.universal[0]
         assert row["follows"] == "hue=red"
         assert float(row["auroc[m/late]"]) == pytest.approx(record.follows.auroc["m/late"], rel=1e-5)
+
+    def test_what_labels_say_of_all_latents(
+        self,
+        usae: USAE,
+        buffer: ActivationBuffer,
+        known: list[Annotation],
+        report: UniversalityReport,
+        labelled: UniversalityReport,
+    ) -> None:
+        rows = buffer.read("holdout")
+        scores = FactorScores(CLASS_SITES, usae.n_latents, known)
+        codes = {site: usae.encode(torch.from_numpy(rows.values[site]), site) for site in CLASS_SITES}
+        scores.add(codes, rows.image_index)
+        universal = [record.latent for record in labelled.universal]
+        assert report.labels is None
+        assert labelled.labels is not None
+        bound, permutations, *agreement = labelled.labels
+        assert agreement == pytest.approx(list(scores.agreement(universal)), nan_ok=True)
+        assert permutations == ProbesConfig().nulls
+        assert bound == pytest.approx(scores.bound(permutations), abs=1e-9)
 
     def test_nothing_else_changes(self, report: UniversalityReport, labelled: UniversalityReport) -> None:
         without = [replace(record, follows=None) for record in labelled.latents]

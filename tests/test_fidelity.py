@@ -534,6 +534,15 @@ def test_the_probe_is_the_minimum(tmp_path: Path) -> None:
     )
 
 
+def test_the_probe_does_not_depend_on_the_unit_of_a_feature() -> None:
+    half = np.random.default_rng(0).normal(size=(20, 3))
+    features = torch.from_numpy(np.concatenate([half, -half]))  # of mean 0
+    labels = (features[:, 0] > 0.3).long().numpy()
+    small = 1e-3 * features
+    expected = fit_probe(features, labels).logits(features)
+    torch.testing.assert_close(fit_probe(small, labels).logits(small), expected, rtol=1e-6, atol=1e-6)
+
+
 class Wrapped(nn.Module):
     """A module whose output is made something of."""
 

@@ -49,6 +49,10 @@ def test_on_cpu(name: str, dtype: torch.dtype, expected: str) -> None:
     assert chosen(name, CPU, dtype) == (expected, [])
 
 
+def test_auto_elsewhere_is_the_reference() -> None:
+    assert chosen("auto", torch.device("meta")) == ("reference", [])
+
+
 def test_it_says_why() -> None:
     assert choose_kernel("auto", CPU).reason == "auto: float32 on cpu"
     assert choose_kernel("auto", CPU, torch.float64).reason == "auto: float64 on cpu"
