@@ -189,6 +189,9 @@ def test_a_folder_in_which_nothing_came_to_be_is_gone_again(tmp_path: Path) -> N
         raise KeyboardInterrupt
     assert not (tmp_path / "r").exists()
     (tmp_path / "empty").mkdir()
+    with claiming(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").is_dir()  # it is the user's
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").touch()
     with claiming(tmp_path / "there"):

@@ -89,6 +89,7 @@ def holder(folder: Path, name: str = "writer") -> Holder | None:
     return found
 
 
+_RUN = "run"
 _claimed: dict[Path, int] = {}  # folder: the thread whose work it is
 
 
@@ -96,8 +97,8 @@ _claimed: dict[Path, int] = {}  # folder: the thread whose work it is
 def claiming(folder: Path) -> Iterator[None]:
     """Hold the right to do the work of a run, sweep or scan folder; parts of that work may claim it again.
 
-    Where nothing can be written there is nothing to hold: who tries to write says so. A folder that stays empty is
-    removed again.
+    Where nothing can be written there is nothing to hold: who tries to write says so. A folder that was made for this
+    and stayed empty is removed again.
 
     Raises:
         FolderLockedError: when another process or thread is at work in it.
@@ -106,12 +107,8 @@ def claiming(folder: Path) -> Iterator[None]:
     if _claimed.get(place) == thread:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(folder, name="run", what="the folder")
-    except FolderLockedError:
-        raise
-    except (OSError, UsaeProbeError):
+    new, lock = not folder.exists(), _lock_of_run(folder)
+    if lock is None:
         yield
         return
     _claimed[place] = thread
@@ -120,7 +117,23 @@ def claiming(folder: Path) -> Iterator[None]:
     finally:
         del _claimed[place]
         lock.release()
-        with suppress(OSError):
-            if {file.name for file in folder.iterdir()} <= {".run.lock"}:
-                (folder / ".run.lock").unlink(missing_ok=True)
-                folder.rmdir()
+        if new:
+            _remove_if_empty(folder)
+
+
+def _lock_of_run(folder: Path) -> FolderLock | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return FolderLock(folder, name=_RUN, what="the folder")
+    except FolderLockedError:
+        raise
+    except (OSError, UsaeProbeError):
+        return None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    lock, _ = lock_files(folder, _RUN)
+    with suppress(OSError):
+        if not {*folder.iterdir()} - {lock}:
+            lock.unlink(missing_ok=True)
+            folder.rmdir()
