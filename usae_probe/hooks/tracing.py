@@ -119,7 +119,7 @@ class Tracer:
                         waiting.remove(read.key)
                 if whole:
                     output = nnsight.save(self._root.output)
-                else:
+                elif not _in_checkpoint():  # torch 2.12 leaves its hooks on where an exception ends one
                     tracer.stop()
         return taken, output
 
@@ -151,15 +151,18 @@ def require_graph(key: object) -> None:
         SiteError: inside activation checkpointing, which runs its part of the model again in the backward pass, without
             what was put in here, and where the model computes without a graph.
     """
-    # torch has no public name for this; without it, checkpointing goes unnoticed
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
-    packing = top(True)
-    checkpointed = packing is not None and packing[0].__module__ == "torch.utils.checkpoint"
-    if checkpointed or not torch.is_grad_enabled():
+    if _in_checkpoint() or not torch.is_grad_enabled():
         raise SiteError(
             f"'{key}' runs inside activation checkpointing or without a graph: gradients would be wrong",
             hint="switch checkpointing off in the model, or splice without grad=True",
         )
+
+
+def _in_checkpoint() -> bool:
+    # torch has no public name for this; without it, checkpointing goes unnoticed
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    packing = top(True)
+    return bool(packing is not None and packing[0].__module__ == "torch.utils.checkpoint")
 
 
 def _has_hooks(module: nn.Module) -> bool:
