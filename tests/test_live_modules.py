@@ -292,7 +292,7 @@ def test_compiled_models_in_two_threads() -> None:
             done.wait(10)
         return x + 0
 
-    slow_one, quick = net(Does(slow), nn.ReLU()), net(nn.ReLU())
+    slow_one, quick = net(Does(slow), nn.ReLU()), net(Does(torch.relu))
     expected = plain(slow_one, lambda: slow_one(pictures()), "2", "4")
     slow_one[3].compile(backend=backend)
     quick.compile(backend=backend)
