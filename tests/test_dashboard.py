@@ -102,7 +102,7 @@ def test_plain_lines(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             clock[0] += 0.25
             board.update("train", step, 600, "steps", "loss [b]0.213[/b]", r2(0.5, 0.2) if step == 300 else None)
         board.say("train: done in 2 min 00 s")
-    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = [line for line in out.file.getvalue().splitlines() if line]  # type: ignore[attr-defined]
     assert [line.split(" of ")[0] for line in lines[:-1]] == ["train: 121", "train: 241", "train: 361", "train: 481"]
     assert all(line.endswith("loss [b]0.213[/b]") for line in lines[:-1])
     assert "\x1b" not in "".join(lines)
