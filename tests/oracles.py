@@ -221,7 +221,9 @@ def categories(
             result.append("partial")
         elif len(within[k]) >= 2:
             result.append("chance")
-        elif len(within[k]) == 1:
+        elif len(within[k]) == 1 and all(
+            fires[k][s] == 0 or fires[k][s] / max(fires[k].values()) < ratio for s in sites if s not in within[k]
+        ):
             result.append("specific")
         else:
             result.append("rare" if max(fires[k].values()) else "dead")

@@ -157,6 +157,15 @@ def test_none_or_one_shared_latent(n: int, words: str) -> None:
     assert words in joined(screen(counts=counts, n_latents=128))
 
 
+@pytest.mark.parametrize("rare", [24, 25])
+def test_where_much_is_too_rare_to_tell_the_answer_says_so(rare: int) -> None:
+    """From a quarter of the live ones on: few held-out images say little of many latents."""
+    counts = dict(zip(CATEGORIES, (31, 12, 20, 37, rare, 0), strict=True))
+    text = joined(screen(counts=counts, n_latents=100 + rare))
+    said = "Of 25 more nothing can be told, they fire in too few of 200 held-out rows: more images, a larger holdout or"
+    assert (said in text) == (rare == 25)
+
+
 def test_a_model_called_like_its_spec_is_named_once() -> None:
     overview = overview_of(TWO) | {
         "models": {"resnet": {"name": "resnet", "sites": []}, "vit": {"name": "", "sites": []}}

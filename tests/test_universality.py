@@ -261,6 +261,19 @@ class TestClasses:
         assert self.one(rows(1000, (0, 9)), rows(1000, (0, 9))) == "rare"
         assert self.one(rows(1000, (0, 10)), rows(1000, (0, 10))) == "universal"
 
+    @pytest.mark.parametrize(("other", "category"), [(9, "rare"), (2, "rare"), (1, "specific"), (0, "specific")])
+    def test_seen_too_rarely_in_the_other_model_to_tell(self, other: int, category: str) -> None:
+        # 15 images in one; under 10 in the other, but above a tenth of 15: it may well fire there
+        assert self.one(rows(1000, (0, 15)), rows(1000, (9, 9 + other))) == category
+        assert self.one(rows(1000, (0, 15)), rows(1000, (9, 9 + other)), min_rate_ratio=0.01) == (
+            "specific" if other == 0 else "rare"
+        )
+
+    def test_a_third_model_that_cannot_be_told_leaves_what_two_share(self) -> None:
+        span, few = rows(1000, (0, 50)), rows(1000, (0, 9))
+        found = classes_of([{A: span, B: rows(1000), C: few}, {A: span, B: span, C: few}])
+        assert found.category.tolist() == ["rare", "partial"]
+
     def test_one_site_has_specific_rare_and_dead_only(self) -> None:
         found = classes_of([{A: rows(100, (0, fires))} for fires in (50, 9, 0)])
         assert found.category.tolist() == ["specific", "rare", "dead"]

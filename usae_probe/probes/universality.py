@@ -156,7 +156,8 @@ def classify(
     `universal`: fires in all, FE ≥ .9, φ ≥ .2 for every pair and q < .01, where p is the maximum over pairs and
     Benjamini–Hochberg runs over the latents that fire in every site. `partial`: some pair with φ ≥ .2 and q < .01
     (per pair, over the latents firing in both), but not universal. `chance`: fires in ≥ 2, no such pair. `specific`:
-    fires in one. `rare`: fires, but under `min_fires` everywhere. `dead`: never fires.
+    fires in one, and in each other site at less than `min_rate_ratio` of that rate. `rare`: fires, but under
+    `min_fires` where it would have to be seen to say which of these it is. `dead`: never fires.
 
     `min_fires` counts images. Where they have several rows, p is that of one drawn row per image, everything else that
     of all rows; and φ and p must hold within places, too: both are then the weaker of the two.
@@ -171,6 +172,7 @@ def classify(
     busiest = fires.max(0)
     images = np.stack([counts.images[site] for site in sites])
     fires_in = (images >= thresholds.min_fires) & (fires >= thresholds.min_rate_ratio * busiest)
+    silent = (fires == 0) | (fires < thresholds.min_rate_ratio * busiest)
     entropy = firing_entropy(fires)
     pairs = {pair: _pair(counts, pair, resamples) for pair in combinations(sites, 2)}
     index = {site: i for i, site in enumerate(sites)}
@@ -189,7 +191,8 @@ def classify(
         some |= shown
         positional |= ~shown & (pair.phi >= thresholds.phi) & (benjamini_hochberg(pair.p, both[key]) < thresholds.q)
     number = fires_in.sum(0)
-    conditions = [universal, some, number >= 2, number == 1, busiest > 0]
+    specific = (number == 1) & (fires_in | silent).all(0)
+    conditions = [universal, some, number >= 2, specific, busiest > 0]
     category = np.select(conditions, CATEGORIES[:5], default="dead")
     return Classes(category, positional, fires_in, entropy, pairs, q, q_all)
 

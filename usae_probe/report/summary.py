@@ -23,6 +23,7 @@ from .r2_table import finite, r2_matrix, short
 from .tables import classes_and_entropy, facts_table, strongest_latents
 
 WIDTH = 80
+_MANY_RARE = 0.25  # of the live ones
 
 
 def run_summary(
@@ -112,6 +113,11 @@ def answer(overview: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[str
             f"{', '.join(names[:-1])} and {names[-1]} share {shared:,} of {live:,} live latents"
             f"{f' ({spread})' if spread else ''}: {verb} in {all_of_them}, on the same images"
             f"{f' {controls}' if controls else ''}."
+        )
+    if counts["rare"] >= live * _MANY_RARE:
+        sharing += (
+            f" Of {counts['rare']:,} more nothing can be told, they fire in too few of {metrics['n_rows_eval']:,}"
+            " held-out rows: more images, a larger holdout or fewer latents would."
         )
     return sharing, _explained(metrics)
 
