@@ -180,8 +180,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read config '.*none.toml'") as caught:
         RunConfig.load(tmp_path / "none.toml")
     assert caught.value.hint == "give the path of a TOML file"
-    with pytest.raises(ConfigError, match="cannot read config"):
-        RunConfig.load(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read config"):
         RunConfig.load(tmp_path / "binary.toml")
@@ -248,3 +246,11 @@ def test_the_demos_config_is_valid(tmp_path: Path) -> None:
     assert list(config.models) == ["resnet", "vit"]
     assert [model.checkpoint for model in config.models.values()] == ["resnet.safetensors", "vit.safetensors"]
     assert config.image_path == str(tmp_path / "images.npz")
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder, a config was expected .*the path of a TOML file"):
+        RunConfig.load(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="report, cam and export take the run folder"):
+        RunConfig.load(tmp_path)

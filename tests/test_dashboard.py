@@ -115,3 +115,14 @@ def test_the_screen_goes_and_what_was_said_stays(board: Dashboard) -> None:
         board.update("train", 1, 2, "steps", "")
     written: Any = board.console.file
     assert "harvest: done in 21 s" in written.getvalue()
+
+
+def test_work_of_which_nobody_knows_how_much_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain lines then say only what it is at."""
+    out, clock = console(tty=False), [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    with dashboard(out, STAGES, tmp_path) as board:
+        board.update("doctor", 0, 1, "", "kernels")
+        clock[0] += 40
+        board.update("doctor", 0, 1, "", "training steps")
+    assert out.file.getvalue().strip() == "doctor: training steps"  # type: ignore[attr-defined]

@@ -103,16 +103,31 @@ def test_new_pictures_make_their_own_card_anew(base: Path, do: Do) -> None:
     assert [picture["mode"] for picture in pictures] == ["independent", "independent", "joint"]
     do("train", "evaluate", "report", train=CONFIG["train"] | {"steps": 6})
     assert all(not embedded(page(base), f"data-{card}")["pictures"] for card in held(base))  # of the old USAE
+    assert set(made(base)) == {f"latent-{card:05d}.json" for card in held(base)}
 
 
 def test_fewer_cards(base: Path, do: Do) -> None:
     assert len(held(base)) > 2
-    first = held(base)[:2]
+    before, all_of_them = made(base), held(base)
     do("report", report={"cards": 2})
-    assert held(base) == first
-    assert sorted(made(base)) == sorted(f"latent-{latent:05d}.json" for latent in first)
+    assert held(base) == all_of_them[:2]
     do("report", report={"cards": 0})
-    assert (held(base), made(base)) == ([], {})
+    assert held(base) == []
+    do("report", report={"cards": 200})
+    assert held(base) == all_of_them
+    assert made(base) == before  # none was made again
+
+
+@pytest.mark.parametrize(("times", "again"), [(0.5, False), (2, False), (0.4, True), (2.1, True)])
+def test_cards_serve_at_half_and_twice_the_size(
+    base: Path, do: Do, monkeypatch: pytest.MonkeyPatch, times: float, again: bool
+) -> None:
+    """The size goes by the number of cards, which may not cost making them anew."""
+    before, real = made(base), explorer.image_side
+    monkeypatch.setattr(explorer, "image_side", lambda n: int(times * real(n)))
+    (base / "run/report.html").unlink()
+    do("report")
+    assert (made(base) != before) == again
 
 
 def test_cards_follow_the_config_of_exemplars(base: Path, do: Do) -> None:

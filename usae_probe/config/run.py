@@ -153,6 +153,10 @@ class RunConfig(Table):
             ConfigError: when the file is missing, is no TOML, or does not follow the schema.
         """
         path = Path(path)
+        if path.is_dir():
+            of_run = "the config that its run was made with; report, cam and export take the run folder"
+            hint = of_run if (path / "run.json").is_file() else "the path of a TOML file"
+            raise ConfigError(f"'{path}' is a folder, a config was expected", hint=f"give {hint}")
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -112,7 +112,8 @@ class ReportStage:
         sites = one_site_per_model(usae.sites, self.config.probes.sites)
         side = image_side(len(latents) * len(sites) * 3 * self.config.cam.exemplars)
         source = same_source(self.config, buffer) if latents else None
-        shelf = _CardShelf(self.folder / "cards", self._made_from(sites, side) | {"images": source is not None})
+        made_from = self._made_from(sites) | {"images": source is not None}
+        shelf = _CardShelf(self.folder / "cards", self.usae_hash, made_from, side)
         known = known_of_latents(self.folder)
         keys = {
             latent: [*known[latent], *(picture.to_dict() for picture in pictures.get(latent, ()))] for latent in latents
@@ -140,10 +141,10 @@ class ReportStage:
                         there[latent] = card_data(card, natural, side)
                         shelf.save(latent, keys[latent], there[latent])
         progress(Progress("report", len(latents), len(latents), "cards"))
-        shelf.keep_only(latents)
+        shelf.tidy()
         return [there[latent] for latent in latents]
 
-    def _made_from(self, sites: Sequence[str], side: int) -> dict[str, Any]:
+    def _made_from(self, sites: Sequence[str]) -> dict[str, Any]:
         cam = self.config.cam
         return {
             "schema": _CARD_SCHEMA,
@@ -151,7 +152,6 @@ class ReportStage:
             "buffer": sha256(self.folder / "buffer/manifest.json"),
             "sites": list(sites),
             "settings": [cam.exemplars, cam.seed, cam.place],
-            "side": side,
         }
 
     def _batches(self, latents: Sequence[int], buffer: ActivationBuffer, n_sites: int) -> Iterator[Sequence[int]]:
@@ -183,28 +183,39 @@ def worth_a_card(columns: Mapping[str, Sequence[str]], pictured: Iterable[int], 
 
 
 class _CardShelf:
-    """Cards on disk, each with what it was made from."""
+    """Cards on disk, each with what it was made from; also those that the page of another number of cards shows.
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
-        self.folder, self.made_from = folder, dict(made_from)
+    Args:
+        folder: of the cards.
+        usae: hash of the USAE: cards of another are of no use any more.
+        made_from: what all cards are made from.
+        side: of exemplars, in pixels; it goes by the number of cards, and what is half or twice as large serves too.
+    """
+
+    def __init__(self, folder: Path, usae: str, made_from: Mapping[str, Any], side: int) -> None:
+        self.folder, self.usae, self.made_from, self.side = folder, usae, dict(made_from), side
 
     def load(self, latent: int, key: object) -> dict[str, Any] | None:
         try:
             content = read_json(self._path(latent))
             found: dict[str, Any] = content["card"]
-            return found if content["made_from"] == self._hash(key) else None
+            serves = self.side / 2 <= content["side"] <= self.side * 2
+            return found if serves and content["made_from"] == self._hash(key) else None
         except (CheckpointError, KeyError, TypeError):
             return None
 
     def save(self, latent: int, key: object, card: Mapping[str, Any]) -> None:
-        text = json.dumps({"made_from": self._hash(key), "card": card}, separators=(",", ":"), allow_nan=False)
-        write_text(self._path(latent), text + "\n")
+        content = {"usae": self.usae, "side": self.side, "made_from": self._hash(key), "card": card}
+        write_text(self._path(latent), json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
 
-    def keep_only(self, latents: Sequence[int]) -> None:
-        """Remove the cards of other latents."""
-        wanted = {self._path(latent) for latent in latents}
+    def tidy(self) -> None:
+        """Remove the cards of another USAE, and those that cannot be read."""
         for path in self.folder.glob("latent-*.json"):
-            if path not in wanted:
+            try:
+                stale = read_json(path).get("usae") != self.usae
+            except CheckpointError:
+                stale = True
+            if stale and path.is_file():
                 path.unlink()
 
     def _path(self, latent: int) -> Path:

@@ -205,8 +205,8 @@ class Run:
         config = self.config
         check_device(config.train.device)
         with ExitStack() as closing:
+            source = labelled_source(config)  # before the models, which take longer
             models = self._checked_models(closing)
-            source = labelled_source(config)
             spec = buffer_spec(models, source, config.images, config.buffer)
             discard_other_buffer(self.folder / "buffer", spec)
             self._tell("harvest", "harvest")
@@ -252,7 +252,7 @@ class Run:
     def _train_along(self) -> TrainResult:
         started, due = time.perf_counter(), self._harvest_is_due()
         with ExitStack() as closing:
-            models, source = self._checked_models(closing), labelled_source(self.config)
+            source, models = labelled_source(self.config), self._checked_models(closing)
             done = train_along(
                 self.folder, self.config, models, source, harvested=self._harvested, trained=self._trained
             )

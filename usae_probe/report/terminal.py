@@ -72,7 +72,8 @@ class StageProgress:
         if self.plain and time.monotonic() - self._said[stage] >= self.every and done < total:
             self._said[stage] = time.monotonic()
             left = f"{seconds(float(task.time_remaining))} left" if task.time_remaining is not None else ""
-            self.say(", ".join(part for part in (f"{stage}: {done:,} of {total:,} {unit}", rate, left, note) if part))
+            far = f"{done:,} of {total:,} {unit}" if unit else ""  # of some work only what it is at is known
+            self.say(f"{stage}: {', '.join(part for part in (far, rate, left, note) if part)}")
 
     def _task(self, stage: str) -> Task:
         return next(task for task in self._bars.tasks if task.id == self._tasks[stage])
