@@ -249,7 +249,7 @@ def test_the_demos_config_is_valid(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder, a config was expected .*the path of a TOML file"):
+    with pytest.raises(ConfigError, match=r"is a folder, a config was expected .*the path of a TOML file"):
         RunConfig.load(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match="report, cam and export take the run folder"):
