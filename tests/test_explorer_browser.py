@@ -187,6 +187,19 @@ def test_the_keyboard(browser: webdriver.Chrome) -> None:
     assert card(browser) == f"Latent {first}"
 
 
+def test_labels_that_are_not_followed_are_grey(browser: webdriver.Chrome) -> None:
+    """Of many values some label always comes out best: under the AUROC of the run it says nothing."""
+    browser.get(browser.current_url.partition("#")[0])
+    grey = {True: 0, False: 0}
+    for row in browser.find_elements(By.CSS_SELECTOR, "#table tr.row"):
+        label, auroc = (row.find_element(By.CSS_SELECTOR, f'td[data-key="{key}"]') for key in ("label", "auroc"))
+        if label.text:
+            faint = "faint" in (label.get_attribute("class") or "")
+            assert faint == (float(auroc.text) < 0.9), (label.text, auroc.text)
+            grey[faint] += 1
+    assert min(grey.values()) > 0
+
+
 def test_j_scrolls_the_table_along(browser: webdriver.Chrome) -> None:
     press(browser, *"j" * 60)
     selected = browser.find_element(By.CSS_SELECTOR, "tr[aria-selected=true]")

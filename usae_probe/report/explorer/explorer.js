@@ -79,7 +79,7 @@
       values: columns[`rate[${site}]`], text: (i) => percent(columns[`rate[${site}]`][i]),
     })),
     ...(labelled ? [
-      { key: "label", head: "label", values: columns.follows, text: spelled, left: true, up: true },
+      { key: "label", head: "label", values: columns.follows, text: spelled, left: true, up: true, faint: (i) => derived.auroc[i] < (page.auroc ?? 0) },
       { key: "auroc", head: "AUROC", values: derived.auroc, text: (i) => short(derived.auroc[i]), minor: true },
     ] : []),
     { key: "card", head: "images", values: columns.latent.map((latent) => (withCard.has(latent) ? 1 : 0)), text: (i) => (withCard.has(columns.latent[i]) ? "●" : ""), minor: true },
@@ -149,6 +149,7 @@
       const cell = make("td", { class: `${column.left ? "text" : ""} ${column.minor ? "minor" : ""}`.trim(), "data-key": column.key });
       if (column.key === "class") cell.append(make("i", { class: "dot", style: `background:${page.classes[columns.category[i]]}` }));
       cell.append(column.text(i));
+      if (column.faint?.(i)) cell.classList.add("faint");
       line.append(cell);
     }
     return line;
