@@ -14,6 +14,7 @@ from usae_probe.probes.universality import CATEGORIES
 from usae_probe.report import terminal
 from usae_probe.report.r2_table import RAMP, finite, r2_matrix, short
 from usae_probe.report.summary import file_table, run_summary
+from usae_probe.report.tables import strongest_latents
 
 NAN = float("nan")
 TWO = ("resnet/layer3", "resnet/layer4", "vit/blocks.3", "vit/blocks.5")
@@ -166,6 +167,15 @@ def test_where_much_is_too_rare_to_tell_the_answer_says_so(rare: int) -> None:
     assert (said in text) == (rare == 25)
 
 
+@pytest.mark.parametrize(("other", "dim"), [(0.9, False), (0.89, True)])
+def test_a_label_that_is_not_followed_in_every_model_is_dim(other: float, dim: bool) -> None:
+    sites = TWO[1], TWO[3]
+    follows = {"factor": "colour", "value": "red", "auroc": dict(zip(sites, (0.97, other), strict=True))}
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80, record=True)
+    console.print(strongest_latents(metrics_of(sites, top_latents=[latent(1, list(sites), follows=follows)]), 1))
+    assert ("\x1b[2mcolour = red" in console.export_text(styles=True)) == dim
+
+
 def test_a_model_called_like_its_spec_is_named_once() -> None:
     overview = overview_of(TWO) | {
         "models": {"resnet": {"name": "resnet", "sites": []}, "vit": {"name": "", "sites": []}}
@@ -234,7 +244,7 @@ def test_the_short_screen_is_one_screen() -> None:
 def test_strongest_latents_with_labels() -> None:
     lines = [" ".join(line.split()) for line in screen().splitlines()]
     assert "Strongest universal latents numbers side by side: resnet, vit" in lines
-    assert "latent fires in % φ AUROC follows" in lines
+    assert "latent fires in % φ AUROC best label" in lines
     assert "100 12 3.1 .73 .98 .95 colour = red" in lines
     assert "107 12 3.1 .73 .98 .95 colour = red" in lines
     assert not any(line.startswith("108 ") for line in lines)  # eight are shown

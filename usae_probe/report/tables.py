@@ -109,7 +109,10 @@ def _length(n: int, most: int) -> int:
 
 
 def strongest_latents(metrics: Mapping[str, Any], n: int) -> Group | None:
-    """Return the n latents with most energy: how often they fire, on the same images, and which label they follow."""
+    """Return the n latents with most energy: how often they fire, on the same images, and the label that fits best.
+
+    It is dim where the latent does not follow it.
+    """
     top = metrics.get("top_latents")
     if not top:
         return None
@@ -125,28 +128,31 @@ def strongest_latents(metrics: Mapping[str, Any], n: int) -> Group | None:
             headings.append(heading)
     if labelled:
         table.add_column(overflow="fold")
-        headings.append("follows")
+        headings.append("best label")
     table.add_row(*(Text(heading, style="dim") for heading in headings))
+    least = metrics["factors"]["auroc"] if labelled else None
     for latent in top:
-        table.add_row(*_row(latent, sites, mixed=mixed, labelled=labelled))
+        table.add_row(*_row(latent, sites, mixed=mixed, least=least))
     what = "latents" if mixed else "universal latents"
     return Group(Text.assemble((f"Strongest {what}", "bold"), (_order(sites), "dim")), table, *_following(metrics))
 
 
-def _row(latent: Mapping[str, Any], sites: Sequence[str], *, mixed: bool, labelled: bool) -> list[Text]:
-    """Return a latent's cells, in the order of the headings."""
+def _row(latent: Mapping[str, Any], sites: Sequence[str], *, mixed: bool, least: float | None) -> list[Text]:
+    """Return a latent's cells, in the order of the headings; with a label where the least AUROC of one is given."""
     cells = [f"{latent['latent']}"]
     if mixed:
         cells.append(latent["category"])
     cells.append(_per_site([_percent(latent["rate"].get(site)) for site in sites], latent["rate"], sites))
     if len(sites) > 1:
         cells.append(short(latent["phi"]))
-    if labelled:
-        follows = latent.get("follows")
-        scores = follows["auroc"] if follows else {}
-        cells.append(_per_site([short(scores.get(site)) for site in sites], scores, sites) if follows else "–")
-        cells.append(f"{follows['factor']} = {follows['value']}" if follows else "–")
-    return [Text(cell) for cell in cells]
+    if least is None:
+        return [Text(cell) for cell in cells]
+    follows = latent.get("follows")
+    scores = follows["auroc"] if follows else {}
+    cells.append(_per_site([short(scores.get(site)) for site in sites], scores, sites) if follows else "–")
+    said = f"{follows['factor']} = {follows['value']}" if follows else "–"
+    followed = bool(follows) and all(finite(score) and score >= least for score in scores.values())
+    return [*(Text(cell) for cell in cells), Text(said, style="" if followed else "dim")]
 
 
 def _per_site(spelled: Sequence[str], values: Mapping[str, float | None], sites: Sequence[str]) -> str:
