@@ -512,8 +512,9 @@ class TestSeveralRowsPerImage:
             np.testing.assert_allclose(one.pairs[CLASS_SITES], same.pairs[CLASS_SITES], rtol=1e-7, atol=1e-9)
             assert (one.follows is None) == (same.follows is None)
             if one.follows and same.follows:
-                # products of other shapes round otherwise, which may exchange two nearly equal activations
-                assert one.follows.auroc == pytest.approx(same.follows.auroc, abs=2e-3)
+                # products of other shapes round otherwise, which may exchange two nearly equal activations: of a value
+                # that 14 images have against 17 others that is .004
+                assert one.follows.auroc == pytest.approx(same.follows.auroc, abs=1e-2)
 
     def test_another_seed_draws_other_rows(self, usae: USAE, tmp_path: Path) -> None:
         buffer = self.made(tmp_path, "equal")
