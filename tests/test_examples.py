@@ -106,7 +106,7 @@ def test_several_processes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert said[0].startswith("1 process(es)")
-    assert said[1].startswith("2 process(es)")
+    assert said[1].splitlines()[-1].startswith("2 process(es)")  # torch 2.8 tells of its peers before
     r2 = [float(text.split("R² ")[1].split(",")[0]) for text in said]
     assert r2[0] == pytest.approx(r2[1], abs=0.02)
     assert r2[0] > 0.3
