@@ -29,8 +29,6 @@ Example:
     ```
 """
 
-# Names are loaded when first used, so that importing the package is quick.
-
 from __future__ import annotations
 
 from importlib import import_module
@@ -55,6 +53,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Names are loaded when first used, so that importing the package is quick.
 _HOMES = {
     "ActivationBuffer": "buffer",
     "CamPicture": "probes.cam",

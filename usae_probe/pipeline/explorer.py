@@ -141,7 +141,7 @@ class ReportStage:
                         there[latent] = card_data(card, natural, side)
                         shelf.save(latent, keys[latent], there[latent])
         progress(Progress("report", len(latents), len(latents), "cards"))
-        shelf.tidy()
+        shelf.tidy(latents)
         return [there[latent] for latent in latents]
 
     def _made_from(self, sites: Sequence[str]) -> dict[str, Any]:
@@ -208,9 +208,9 @@ class _CardShelf:
         content = {"usae": self.usae, "side": self.side, "made_from": self._hash(key), "card": card}
         write_text(self._path(latent), json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
 
-    def tidy(self) -> None:
-        """Remove the cards of another USAE, and those that cannot be read."""
-        for path in self.folder.glob("latent-*.json"):
+    def tidy(self, shown: Sequence[int]) -> None:
+        """Remove the cards of another USAE, and those that cannot be read; those that are shown have just been read."""
+        for path in {*self.folder.glob("latent-*.json")} - {self._path(latent) for latent in shown}:
             try:
                 stale = read_json(path).get("usae") != self.usae
             except CheckpointError:

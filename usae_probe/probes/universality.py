@@ -171,8 +171,9 @@ def classify(
     fires = np.stack([counts.fires[site] for site in sites])
     busiest = fires.max(0)
     images = np.stack([counts.images[site] for site in sites])
-    fires_in = (images >= thresholds.min_fires) & (fires >= thresholds.min_rate_ratio * busiest)
-    silent = (fires == 0) | (fires < thresholds.min_rate_ratio * busiest)
+    often = fires >= thresholds.min_rate_ratio * busiest
+    fires_in = (images >= thresholds.min_fires) & often
+    silent = (fires == 0) | ~often
     entropy = firing_entropy(fires)
     pairs = {pair: _pair(counts, pair, resamples) for pair in combinations(sites, 2)}
     index = {site: i for i, site in enumerate(sites)}
