@@ -206,8 +206,13 @@ def test_the_published_experiment_runs_offline(
 def test_the_published_experiment_without_network_says_what_to_download_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli = command(monkeypatch, capsys)
-    result = cli("run", str(EXAMPLES / "resnet18_vitb16_cifar10.toml"), "--out", str(tmp_path / "run"))
+    cli, config = command(monkeypatch, capsys), str(EXAMPLES / "resnet18_vitb16_cifar10.toml")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nobody's CIFAR-10 in its cache
+    result = cli("run", config, "--out", str(tmp_path / "run"))  # images are opened before networks are built
+    assert (result.status, "cifar-10-python.tar.gz" in result.err) == (1, True)
+    save_drawings(tmp_path / "images.npz", draw_images(40, size=32))
+    monkeypatch.setenv("CIFAR10", str(tmp_path / "images.npz"))
+    result = cli("run", config, "--out", str(tmp_path / "run"))
     assert (result.status, "hf download timm/resnet18.a1_in1k" in result.err) == (1, True)
 
 
