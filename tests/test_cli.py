@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 import usae_probe
 import usae_probe.demo
 from usae_probe import ActivationBuffer, Run, RunConfig
+from usae_probe.cli.common import guard
 from usae_probe.pipeline import Stage
 from usae_probe.report.r2_table import short
+from usae_probe.usae.interrupts import held_interrupts
 
 from .command import Command, command
 
@@ -328,6 +331,31 @@ def test_no_argument_shows_the_help(cli: Command) -> None:
     assert cli("--help").status == 0
 
 
+def end_of_a_step() -> None:
+    with held_interrupts() as interrupted:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupted()  # and nothing is raised before the block is left
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_sigterm_is_heard_as_ctrl_c(torchrun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a training it ends a step with; not in one of several processes, which torchrun ends at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    if torchrun:
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        with guard(as_json=True, joins=True):
+            assert signal.getsignal(signal.SIGTERM) is before
+        return
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(typer.Exit) as left, guard(as_json=True, folder="r"):
+            end_of_a_step()
+        assert left.value.exit_code == 143
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # --- in a process of its own ---
 
 
@@ -355,7 +383,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(cli: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_does(cli: Command, tmp_path: Path, end: signal.Signals) -> None:
     whole = cli("harvest", "c.toml", "--out", "whole")
     assert whole.status == 0
     command = [sys.executable, "-m", "usae_probe", "run", "c.toml", "--out", "r", "--json"]
@@ -366,18 +395,20 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(cli: Command, tmp_path: P
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        # A shell that started the tests in the background has them, and all their children, ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell that started the tests in the background has them, and all their children, ignore SIGINT: as it would
+        # a batch job, which hears SIGTERM all the same.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL if end == signal.SIGINT else signal.SIG_IGN),
     )
     deadline = time.monotonic() + 120
     while not Path("r/buffer/shard-00002.h5").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + end, err
     error = json.loads(out)["error"]
-    assert error["type"] == "Interrupted"
-    assert "kept in r; give the same command again" in error["hint"]
+    assert error["type"] == {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}[end]
+    assert error["hint"].startswith("kept in r: finished stages")
+    assert "give the same command again" in error["hint"]
     assert "Traceback" not in err
     assert len(list(Path("r/buffer").glob("shard-*.h5"))) < 8
     sealed = {f"shard-0000{i}.h5": Path(f"r/buffer/shard-0000{i}.h5").stat().st_mtime_ns for i in (0, 1)}

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,59 @@ def test_a_damaged_record_is_refused_with_a_way_out(run: Runner, base: Path) -> 
     (base / "run/run.json").write_text(json.dumps(record | {"schema": 99}))
     with pytest.raises(StageError, match="has schema 99, this version reads 1"):
         run()
+
+
+def test_latents_that_will_be_too_rare_are_told_before_any_work(run: Runner, base: Path) -> None:
+    """18 held-out images x k 2 / 16 latents: each fires in 2.2 of them in the mean."""
+    few = changed(probes={"min_fires": 3})
+    with pytest.warns(UsaeProbeWarning, match=r"fire in 2\.2 held-out images in the mean \(18 × k = 2 / 16 latents\)"):
+        run(few, ("harvest",))
+    with pytest.warns(UsaeProbeWarning, match=r"fewer than probes.min_fires = 3 nothing can be told") as said:
+        run(few, ("harvest", "train"))  # the harvest is kept: before the training then
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(CONFIG, ("harvest", "train"))
+        run(changed(probes={"min_fires": 3}, usae={"sparsity": "l1"}), ("harvest", "train"))
+    online = changed(probes={"min_fires": 3}, buffer={"online": True, "shard_images": 10})
+    with pytest.warns(UsaeProbeWarning, match=r"fire in 2\.2 held-out images"):
+        Run(RunConfig.from_dict(online, base=base), base / "online").run(("harvest", "train"))
+
+
+def test_images_with_several_rows_let_latents_fire_more_often(run: Runner) -> None:
+    """49 places x k 2 / 16 latents: in every image; with 1,600 latents in 18 x 49 x 2 / 1,600 = 1.1 of them."""
+    models = {name: {**CONFIG["models"][name], "layers": ["0@patch"]} for name in ("a", "b")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(changed(models=models, probes={"min_fires": 18}), ("harvest",))
+    with pytest.warns(UsaeProbeWarning, match=r"1\.1 held-out images in the mean \(18 × 49 rows × k = 2 / 1,600"):
+        run(changed(models=models, usae={"n_latents": 1600}), ("train",))
+
+
+def test_an_unfinished_harvest_of_something_else_is_not_discarded_in_silence(run: Runner, base: Path) -> None:
+    def interrupt(now: Progress) -> None:
+        if now.done > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=interrupt)
+    kept = ActivationBuffer(base / "run/buffer")
+    sealed = sum(kept.n_images(split) for split in ("train", "validation", "holdout"))
+    assert 0 < sealed < 60
+    with pytest.warns(UsaeProbeWarning, match=rf"run/buffer': its {sealed} images are discarded, and harvested anew"):
+        run(changed(images={"limit": 50}), ("harvest",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(
+            changed(images={"limit": 40}, probes={"min_fires": 1}), ("harvest",)
+        )  # of a finished one the run says why it is redone
+
+
+def test_missing_weights_are_told_before_networks_are_built(run: Runner, base: Path) -> None:
+    (base / "nets.py").write_text("def build(**_): raise AssertionError('built')")
+    missing = {**CONFIG["models"]["b"], "checkpoint": "none.safetensors"}
+    with pytest.raises(CheckpointError, match=r"none\.safetensors' of model 'b' does not exist \(give the path of"):
+        run(changed(models={"b": missing}), ("harvest",))
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_history(run: Runner, base: Path) -> None:

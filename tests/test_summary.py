@@ -226,7 +226,7 @@ def test_the_short_screen_is_one_screen() -> None:
     said = joined(text)
     assert said.startswith("resnet (resnet10t) and vit (vit10t) share 31 of 102 live latents")
     for part in (
-        f".41 CKA of {a} and {b}, without a USAE (shuffled .00, mutual k-NN .09)",
+        f".41 CKA of {a} and {b}, without a USAE (shuffled .00, mutual k-NN .09, shuffled .01)",
         ".03 alignment tax: R² that independent SAEs of as many steps have more (.03 to .03 over 4 sites)",
         f".35 of vit's output recovered with {a}'s code in the place of {b} (its own code .80, mean ablation 0)",
         "report.html runs/demo/report.html also in runs/demo: metrics.json, latents.csv, figures,",

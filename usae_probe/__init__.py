@@ -13,6 +13,7 @@ them; probes measure what the models share.
 | see | `maximize`, which gives `CamPicture`s |
 | have all of it in one folder, with resume | `Run` and `Sweep` of a `RunConfig` |
 | share | `export_sae` |
+| see how far it is | `bars`, for everything that takes `progress=` |
 
 Errors that the user can mend are `UsaeProbeError`s. Adapters for other kinds of models keep to `usae_probe.adapter`.
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .probes import UniversalityReport, evaluate
     from .probes.cam import CamPicture, maximize
     from .probes.scan import ScanReport, scan
+    from .report.bars import bars
     from .sites import Site
     from .usae import USAE, Codes, TensorBoardCallback, TrainResult, export_sae, train, train_independent
     from .usae.distributed import joined
@@ -71,6 +73,7 @@ _HOMES = {
     "UniversalityReport": "probes",
     "UsaeProbeError": "errors",
     "attach": "attaching",
+    "bars": "report.bars",
     "evaluate": "probes",
     "export_sae": "usae",
     "harvest": "harvesting",
@@ -99,6 +102,7 @@ __all__ = [
     "UniversalityReport",
     "UsaeProbeError",
     "attach",
+    "bars",
     "evaluate",
     "export_sae",
     "harvest",

@@ -141,6 +141,10 @@ class BufferSpec:
         if len(np.unique(images)) != len(images):
             raise UsageError("the split holds an image more than once", hint="draw it with draw_split")
 
+    def n_images(self, split: SplitName) -> int:
+        """Images drawn for a split, decodable or not."""
+        return len(self.split[split])
+
     @property
     def images_per_shard(self) -> int:
         """`shard_images`, or as many as 128 MiB hold where that is fewer: a shard is in memory while it is filled.

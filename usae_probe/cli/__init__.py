@@ -1,7 +1,7 @@
 """The command line: the only parser of arguments. Heavy imports happen inside the commands.
 
 Exit status: 0 done; 2 anything that can be known from arguments, config and model structure; 1 everything else that
-fails; 130 interrupted.
+fails; 130 interrupted; 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

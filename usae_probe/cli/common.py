@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -48,10 +51,12 @@ def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[N
 
     Of several processes that torchrun started only commands that say they `join` them run in more than one.
     """
+    stopped: list[int] = []
     try:
         if not joins:
             demand_alone()
-        yield
+        with _terminated_as_interrupted(stopped):
+            yield
     except WorkerError as error:
         if error.told:
             raise typer.Exit(1) from error
@@ -60,10 +65,13 @@ def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[N
         _fail(as_json, type(error).__name__, error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         state = (
-            f"finished stages and the state of this one are kept in {folder}; give the same command again to go on"
+            f"kept in {folder}: finished stages, and of this one the shards, the state of the training, the cells or "
+            "pictures that were written; give the same command again to go on from there"
             if folder
             else ""
         )
+        if stopped:
+            _fail(as_json, "Terminated", "terminated", state, 128 + signal.SIGTERM)
         _fail(as_json, "Interrupted", "interrupted", state, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
@@ -77,6 +85,32 @@ def guard(as_json: bool, folder: str = "", *, joins: bool = False) -> Iterator[N
             raise
         hint = "this is a bug or an unusual model: add --debug (or set USAE_PROBE_DEBUG=1) to see where it happened"
         _fail(as_json, type(error).__name__, str(error) or repr(error), hint, 1)
+
+
+@contextmanager
+def _terminated_as_interrupted(stopped: list[int]) -> Iterator[None]:
+    """Take SIGTERM, by which batch systems announce the end, as Ctrl-C: what is under way is kept.
+
+    Not in one of several processes, which torchrun ends when another has failed: it would wait for that one.
+
+    Args:
+        stopped: gets the signal's number when it came.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        if not callable(signal.getsignal(signal.SIGINT)):  # ignored, as in what a script starts in the background
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    if "MASTER_ADDR" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(as_json: bool, kind: str, message: str, hint: str, status: int) -> None:

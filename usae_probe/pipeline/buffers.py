@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..buffer import SCHEMA, ActivationBuffer, BufferSpec, BufferWriter, Ring, discard_buffer
@@ -14,8 +14,10 @@ from ..harvesting import HarvestProgress, buffer_spec, fill, harvest
 from ..hooks import HookedModel
 from ..images import ImageSource
 from ..online import along, plan_online
+from ..split import SPLITS, SplitName
 from ..usae import StepRecord, TrainResult
 from ..world import World
+from .measuring import warn_of_rare_latents
 from .models import attach_all
 from .source import images_of, labels_of
 from .training import STATE, train_in
@@ -35,7 +37,22 @@ def discard_other_buffer(folder: Path, spec: BufferSpec, *, state: Path | None =
     """
     if not folder.is_dir() or ((folder / "manifest.json").exists() and _serves(folder, spec, state)):
         return
+    _say_what_goes(folder, spec)
     discard_buffer(folder)
+
+
+def _say_what_goes(folder: Path, spec: BufferSpec) -> None:
+    """Warn of an unfinished harvest of something else; of a finished one the run says why it is redone."""
+    with suppress(BufferIntegrityError):
+        buffer = ActivationBuffer(folder)
+        done = sum(buffer.n_images(split) for split in SPLITS)
+        if done and not buffer.complete and buffer.identity != spec.identity():
+            warnings.warn(
+                f"an unfinished harvest of other images, models or settings is in '{folder}': its {done:,} images are "
+                "discarded, and harvested anew",
+                UsaeProbeWarning,
+                stacklevel=4,
+            )
 
 
 def _serves(folder: Path, spec: BufferSpec, state: Path | None) -> bool:
@@ -55,6 +72,7 @@ def train_along(
     models: Sequence[HookedModel],
     source: ImageSource,
     *,
+    measured_on: SplitName | None,
     harvested: Callable[[HarvestProgress], None],
     trained: Callable[[StepRecord], None],
 ) -> TrainResult:
@@ -65,10 +83,12 @@ def train_along(
         config: of the run.
         models: hooked models with layers.
         source: the images.
+        measured_on: as of `Run`.
         harvested: called after every batch of images, in another thread.
         trained: called with every step's record.
     """
     spec = buffer_spec(models, source, config.images, config.buffer)
+    warn_of_rare_latents(config, measured_on, spec.n_images, spec.sites[0].rows_per_image)
     online = plan_online(spec, config.buffer, config.usae, config.train)
     discard_other_buffer(folder / "buffer", online.spec, state=folder / STATE)
     settled = config.model_copy(update={"train": online.train})

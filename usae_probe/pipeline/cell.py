@@ -65,6 +65,7 @@ class Cell(Run):
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         super().__init__(combination.config, folder, progress=progress)
+        self.measured_on = None  # a control of a run that has warned, or one of many in which less may be of interest
         self.combination, self._activations = combination, buffer
         joined = isinstance(buffer, JoinedBuffer)
         self._record.adopt("harvest", json_sha256(buffer.identity) if joined else sha256(buffer.path / "manifest.json"))

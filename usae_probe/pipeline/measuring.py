@@ -18,11 +18,41 @@ from ..images import Annotation, ImageSource, annotations_of
 from ..probes import Fidelity, UniversalityReport, evaluate, fidelity, label_within
 from ..report import figures
 from ..report.universality_figures import universality_figures
+from ..split import SplitName, spoken
 from ..usae import USAE, read_history
 from .outcomes import Progress
 from .source import same_source
 
 Attached = Callable[[ExitStack], list[HookedModel]]
+
+
+def warn_of_rare_latents(
+    config: RunConfig, split: SplitName | None, images: Callable[[SplitName], int], rows_per_image: int
+) -> None:
+    """Warn before any work when latents will be too rare to tell anything of them, `[probes] min_fires`.
+
+    mean firing images of a latent ≤ images · min(1, rows_per_image · k / n_latents); `l1` does not use k.
+
+    Args:
+        config: of the run.
+        split: that latents are looked for in; None where it does not matter how many there are.
+        images: says how many a split has.
+        rows_per_image: rows of each; 0 where they vary.
+    """
+    if split is None or config.usae.sparsity == "l1":
+        return
+    usae, least, n_images = config.usae, config.probes.min_fires, images(split)
+    rows_per_image = max(1, rows_per_image)
+    mean = n_images * min(1.0, rows_per_image * usae.k / usae.n_latents)
+    if n_images and mean < least:
+        rows = f" × {rows_per_image} rows" if rows_per_image > 1 else ""
+        warnings.warn(
+            f"a latent will fire in {mean:.1f} {spoken(split)} images in the mean ({n_images:,}{rows} × k = {usae.k} / "
+            f"{usae.n_latents:,} latents), and of one that fires in fewer than probes.min_fires = {least} nothing can "
+            f"be told: take more images, fewer latents, or a larger images.{split}",
+            UsaeProbeWarning,
+            stacklevel=3,
+        )
 
 
 def measure(

@@ -18,18 +18,18 @@ from ..harvesting import HarvestProgress, buffer_spec, demand_all_decoded, harve
 from ..hooks import HookedModel
 from ..lock import claiming
 from ..probes import UniversalityReport, one_site_per_model
-from ..split import SPLITS
+from ..split import SPLITS, SplitName
 from ..usae import USAE, StepRecord, TrainResult, World, check_tensorboard, warn_without_bottleneck
 from .buffers import discard_other_buffer, train_along
 from .explorer import ReportStage
-from .measuring import measure
+from .measuring import measure, warn_of_rare_latents
 from .models import attach_all
 from .outcomes import Progress, RunResult, StageEnd, StageResult
 from .pictures import CamStage
 from .record import RunRecord
 from .source import demand_same_images, images_of, labelled_source, labels_of
 from .stages import RESULTS, STAGES, Stage, earlier, scan_folder
-from .training import buffer_of, kernel_note, kernel_of, note_of, train_in
+from .training import buffer_of, kernel_note, kernel_of, train_in
 
 
 class Run:
@@ -41,7 +41,12 @@ class Run:
         progress: called as stages go on.
         announce: called when a stage starts (`stage`, why it is redone) and when it is over (its result).
         world: the processes that train together, of which this is process 0: it alone does all the rest.
+
+    Attributes:
+        measured_on: the images in which latents are looked for; None where it does not matter how many there are.
     """
+
+    measured_on: SplitName | None = "holdout"
 
     def __init__(
         self,
@@ -208,6 +213,7 @@ class Run:
             source = labelled_source(config)  # before the models, which take longer
             models = self._checked_models(closing)
             spec = buffer_spec(models, source, config.images, config.buffer)
+            warn_of_rare_latents(config, self.measured_on, spec.n_images, spec.sites[0].rows_per_image)
             discard_other_buffer(self.folder / "buffer", spec)
             self._tell("harvest", "harvest")
             harvest(
@@ -237,31 +243,37 @@ class Run:
         )
 
     def _trained(self, record: StepRecord) -> None:
-        self._progress(Progress("train", record.step, record.steps, "steps", note_of(record), record.r2))
+        self._progress(Progress("train", record.step, record.steps, "steps", record.note, record.r2))
 
     def _train(self) -> StageEnd:
         check_device(self.config.train.device)
         if self.config.buffer.trains_along:
             done = self._train_along()
         else:
-            labels = labels_of(self.config)
-            done = train_in(self.folder, self.config, self.buffer(), self._trained, self._world, labels)
+            buffer, labels = self.buffer(), labels_of(self.config)
+            rows = next(iter(buffer.specs.values())).rows_per_image
+            warn_of_rare_latents(self.config, self.measured_on, buffer.n_images, rows)
+            done = train_in(self.folder, self.config, buffer, self._trained, self._world, labels)
         kernel = kernel_of(done)
-        return StageEnd(self._train_note(done, kernel), {"kernel": kernel} if kernel else {})
+        note = "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
+        return StageEnd(note, {"kernel": kernel} if kernel else {})
 
     def _train_along(self) -> TrainResult:
         started, due = time.perf_counter(), self._harvest_is_due()
         with ExitStack() as closing:
             source, models = labelled_source(self.config), self._checked_models(closing)
             done = train_along(
-                self.folder, self.config, models, source, harvested=self._harvested, trained=self._trained
+                self.folder,
+                self.config,
+                models,
+                source,
+                measured_on=self.measured_on,
+                harvested=self._harvested,
+                trained=self._trained,
             )
         if due:
             self._record.finish("harvest", self.config, time.perf_counter() - started)
         return done
-
-    def _train_note(self, done: TrainResult, kernel: Mapping[str, Any] | None) -> str:
-        return "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
 
     def _evaluate(self) -> None:
         self._report = measure(

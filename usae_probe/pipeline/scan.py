@@ -135,6 +135,7 @@ class Scan:
         run = make(
             config.model_copy(update={"train": longer}), folder, progress=self._progress, announce=self._announce
         )
+        run.measured_on = config.scan.split
         run.run(("harvest", "train") if joint else ("harvest",))
         buffer = run.buffer()
         source = same_source(config, buffer)

@@ -119,13 +119,6 @@ def kernel_note(kernel: Mapping[str, Any] | None) -> str:
     return f"{said} ({kernel['reason']}{mixed})"
 
 
-def note_of(record: StepRecord) -> str:
-    """Return what is worth a glance in a record."""
-    phase = "aligning, " if record.phase == "align" else ""
-    stopped = ", stopped early" if record.stopped else ""
-    return f"{phase}loss {record.loss:.3f}, dead {record.dead_share:.0%}{stopped}"
-
-
 def _save(done: TrainResult, folder: Path) -> None:
     """Save the weights that the run keeps, and beside them those of the last step where these are others."""
     last = folder / "usae-last.safetensors"

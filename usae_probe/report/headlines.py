@@ -83,7 +83,10 @@ def _alike(metrics: Metrics) -> Headline | None:
         return None
     most = max(rows, key=lambda row: row["cka"])
     null = f"shuffled {short(most['cka_null'])}" if finite(most["cka_null"]) else ""
-    nearest = f"mutual k-NN {short(most['mutual_knn'])}" if finite(most["mutual_knn"]) else ""
+    nearest = ""
+    if finite(most["mutual_knn"]):
+        by_chance = f", shuffled {short(most['mutual_knn_null'])}" if finite(most["mutual_knn_null"]) else ""
+        nearest = f"mutual k-NN {short(most['mutual_knn'])}{by_chance}"
     what = f"CKA of {most['source']} and {most['target']}, without a USAE"
     return Headline(short(most["cka"]), what, [part for part in (null, nearest) if part])
 

@@ -49,6 +49,13 @@ class StepRecord:
         """Return whether the history keeps this record: every `log_every`-th, the last, and those with R²."""
         return self.step % how.log_every == 0 or self.step == self.steps or self.r2 is not None
 
+    @property
+    def note(self) -> str:
+        """What is worth a glance in it."""
+        phase = "aligning, " if self.phase == "align" else ""
+        stopped = ", stopped early" if self.stopped else ""
+        return f"{phase}loss {self.loss:.3f}, dead {self.dead_share:.0%}{stopped}"
+
 
 class Best(NamedTuple):
     """The best validation of a training.
