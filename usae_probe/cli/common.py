@@ -110,7 +110,7 @@ def _terminated_as_interrupted(stopped: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that Python does not know
 
 
 def _fail(as_json: bool, kind: str, message: str, hint: str, status: int) -> None:
