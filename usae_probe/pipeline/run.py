@@ -41,12 +41,9 @@ class Run:
         progress: called as stages go on.
         announce: called when a stage starts (`stage`, why it is redone) and when it is over (its result).
         world: the processes that train together, of which this is process 0: it alone does all the rest.
-
-    Attributes:
-        measured_on: the images in which latents are looked for; None where it does not matter how many there are.
     """
 
-    measured_on: SplitName | None = "holdout"
+    measured_on: SplitName | None = "holdout"  # where latents are looked for; None: however few images these are
 
     def __init__(
         self,
@@ -255,8 +252,7 @@ class Run:
             warn_of_rare_latents(self.config, self.measured_on, buffer.n_images, rows)
             done = train_in(self.folder, self.config, buffer, self._trained, self._world, labels)
         kernel = kernel_of(done)
-        note = "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
-        return StageEnd(note, {"kernel": kernel} if kernel else {})
+        return StageEnd(self._train_note(done, kernel), {"kernel": kernel} if kernel else {})
 
     def _train_along(self) -> TrainResult:
         started, due = time.perf_counter(), self._harvest_is_due()
@@ -274,6 +270,9 @@ class Run:
         if due:
             self._record.finish("harvest", self.config, time.perf_counter() - started)
         return done
+
+    def _train_note(self, done: TrainResult, kernel: Mapping[str, Any] | None) -> str:
+        return "; ".join(part for part in (done.note, kernel_note(kernel)) if part)
 
     def _evaluate(self) -> None:
         self._report = measure(
