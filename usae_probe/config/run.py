@@ -93,6 +93,11 @@ class RunConfig(Table):
         """The folder that relative paths start from: the config file's own."""
         return self._base
 
+    def checkpoint_path(self, model: str) -> Path | None:
+        """Return where a model's local weights are; None where it has none."""
+        given = self.models[model].checkpoint
+        return self.base / Path(given).expanduser() if given is not None else None
+
     def published_here(self) -> list[PublishedConfig]:
         """Return the published figures whose settings are this config's own."""
         return [each for each in self.published if all(self._value(key) == v for key, v in each.settings.items())]

@@ -10,14 +10,13 @@ from pathlib import Path
 from ..buffer import SCHEMA, ActivationBuffer, BufferSpec, BufferWriter, Ring, discard_buffer
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, UsaeProbeWarning
-from ..harvesting import HarvestProgress, buffer_spec, fill, harvest
+from ..harvesting import HarvestProgress, fill, harvest
 from ..hooks import HookedModel
 from ..images import ImageSource
 from ..online import along, plan_online
-from ..split import SPLITS, SplitName
+from ..split import SPLITS
 from ..usae import StepRecord, TrainResult
 from ..world import World
-from .measuring import warn_of_rare_latents
 from .models import attach_all
 from .source import images_of, labels_of
 from .training import STATE, train_in
@@ -69,10 +68,10 @@ def _serves(folder: Path, spec: BufferSpec, state: Path | None) -> bool:
 def train_along(
     folder: Path,
     config: RunConfig,
-    models: Sequence[HookedModel],
     source: ImageSource,
+    models: Sequence[HookedModel],
+    spec: BufferSpec,
     *,
-    measured_on: SplitName | None,
     harvested: Callable[[HarvestProgress], None],
     trained: Callable[[StepRecord], None],
 ) -> TrainResult:
@@ -81,14 +80,12 @@ def train_along(
     Args:
         folder: the run folder.
         config: of the run.
-        models: hooked models with layers.
         source: the images.
-        measured_on: as of `Run`.
+        models: hooked models with layers.
+        spec: of the buffer that these make.
         harvested: called after every batch of images, in another thread.
         trained: called with every step's record.
     """
-    spec = buffer_spec(models, source, config.images, config.buffer)
-    warn_of_rare_latents(config, measured_on, spec.n_images, spec.sites[0].rows_per_image)
     online = plan_online(spec, config.buffer, config.usae, config.train)
     discard_other_buffer(folder / "buffer", online.spec, state=folder / STATE)
     settled = config.model_copy(update={"train": online.train})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 
 from ..attaching import attach
 from ..config import RunConfig
@@ -14,8 +13,8 @@ from ..world import World
 
 def attach_all(config: RunConfig, closing: ExitStack, world: World | None = None) -> list[HookedModel]:
     """Attach to all models of a config; they are closed with `closing`. Of several processes each has its device."""
-    for name, entry in config.models.items():  # before any is built, which takes longer
-        if entry.checkpoint and not (path := config.base / Path(entry.checkpoint).expanduser()).exists():
+    for name in config.models:  # before any is built, which takes longer
+        if (path := config.checkpoint_path(name)) and not path.exists():
             raise CheckpointError(
                 f"checkpoint '{path}' of model '{name}' does not exist", hint="give the path of local weights"
             )

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..attaching import check_device
-from ..buffer import ActivationBuffer
+from ..buffer import ActivationBuffer, BufferSpec
 from ..config import RunConfig
 from ..errors import BufferIntegrityError, ConfigError, ImageError, NoLatentsError, StageError, UsaeProbeWarning
 from ..files import read_json
 from ..harvesting import HarvestProgress, buffer_spec, demand_all_decoded, harvest
 from ..hooks import HookedModel
+from ..images import ImageSource
 from ..lock import claiming
 from ..probes import UniversalityReport, one_site_per_model
 from ..split import SPLITS, SplitName
@@ -207,10 +208,7 @@ class Run:
         config = self.config
         check_device(config.train.device)
         with ExitStack() as closing:
-            source = labelled_source(config)  # before the models, which take longer
-            models = self._checked_models(closing)
-            spec = buffer_spec(models, source, config.images, config.buffer)
-            warn_of_rare_latents(config, self.measured_on, spec.n_images, spec.sites[0].rows_per_image)
+            source, models, spec = self._prepared(closing)
             discard_other_buffer(self.folder / "buffer", spec)
             self._tell("harvest", "harvest")
             harvest(
@@ -226,13 +224,17 @@ class Run:
     def _attached(self, closing: ExitStack) -> list[HookedModel]:
         return attach_all(self.config, closing, self._world)
 
-    def _checked_models(self, closing: ExitStack) -> list[HookedModel]:
-        """Attach to all models, and check what can be known of their sites before the first image is looked at."""
+    def _prepared(self, closing: ExitStack) -> tuple[ImageSource, list[HookedModel], BufferSpec]:
+        """Open the images, attach to all models, and check what can be known before the first image is looked at."""
+        config = self.config
+        source = labelled_source(config)  # before the models, which take longer
         models = self._attached(closing)
         d_in = {str(site): model.d_in(site) for model in models for site in model.sites}
-        warn_without_bottleneck(d_in, self.config.usae.k, self.config.usae.sparsity)
-        one_site_per_model(list(d_in), self.config.probes.sites)
-        return models
+        warn_without_bottleneck(d_in, config.usae.k, config.usae.sparsity)
+        one_site_per_model(list(d_in), config.probes.sites)
+        spec = buffer_spec(models, source, config.images, config.buffer)
+        warn_of_rare_latents(config, self.measured_on, spec.n_images, spec.sites[0].rows_per_image)
+        return source, models, spec
 
     def _harvested(self, now: HarvestProgress) -> None:
         self._progress(
@@ -257,16 +259,8 @@ class Run:
     def _train_along(self) -> TrainResult:
         started, due = time.perf_counter(), self._harvest_is_due()
         with ExitStack() as closing:
-            source, models = labelled_source(self.config), self._checked_models(closing)
-            done = train_along(
-                self.folder,
-                self.config,
-                models,
-                source,
-                measured_on=self.measured_on,
-                harvested=self._harvested,
-                trained=self._trained,
-            )
+            prepared = self._prepared(closing)
+            done = train_along(self.folder, self.config, *prepared, harvested=self._harvested, trained=self._trained)
         if due:
             self._record.finish("harvest", self.config, time.perf_counter() - started)
         return done

@@ -63,10 +63,10 @@ def depends_on(stage: Stage, config: RunConfig, results: Mapping[str, str], fold
     whole = json.loads(config.model_dump_json())
     images = Path(config.image_path)
     whole["images"]["source"] = str(images.relative_to(folder) if images.is_relative_to(folder) else images)
-    for model in whole["models"].values():
+    for name, model in whole["models"].items():
         del model["device"]
-        if model["checkpoint"] is not None:
-            model["checkpoint's content"] = content_hash(config.base / Path(model["checkpoint"]).expanduser())
+        if path := config.checkpoint_path(name):
+            model["checkpoint's content"] = content_hash(path)
     for table, idle in _WITHOUT_EFFECT.items():
         for key in idle:
             del whole[table][key]

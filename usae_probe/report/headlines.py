@@ -82,13 +82,12 @@ def _alike(metrics: Metrics) -> Headline | None:
     if not rows:
         return None
     most = max(rows, key=lambda row: row["cka"])
-    null = f"shuffled {short(most['cka_null'])}" if finite(most["cka_null"]) else ""
-    nearest = ""
-    if finite(most["mutual_knn"]):
-        by_chance = f", shuffled {short(most['mutual_knn_null'])}" if finite(most["mutual_knn_null"]) else ""
-        nearest = f"mutual k-NN {short(most['mutual_knn'])}{by_chance}"
+    null, nearest_null = (
+        f"shuffled {short(most[key])}" if finite(most[key]) else "" for key in ("cka_null", "mutual_knn_null")
+    )
+    nearest = [f"mutual k-NN {short(most['mutual_knn'])}", nearest_null] if finite(most["mutual_knn"]) else []
     what = f"CKA of {most['source']} and {most['target']}, without a USAE"
-    return Headline(short(most["cka"]), what, [part for part in (null, nearest) if part])
+    return Headline(short(most["cka"]), what, [part for part in (null, ", ".join(filter(None, nearest))) if part])
 
 
 def _tax(metrics: Metrics) -> Headline | None:
